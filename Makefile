@@ -1,0 +1,111 @@
+# Every job of the project by name; `make help` lists them. `make demo` and `make test` set a fresh machine up by themselves,
+# and a second run does nothing again that is done.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+# NO_VENV=1: use PYTHON and its packages as they are and install nothing (machines without a network).
+NO_VENV ?=
+VENV := $(CURDIR)/.venv
+# IN_TREE: the package as it lies in the tree, with the library of preset dev.
+IN_TREE := KVPACK_LIBRARY_DIR=$(CURDIR)/build/dev PYTHONPATH=$(CURDIR)/python
+ifeq ($(NO_VENV),)
+RUN_PYTHON := $(VENV)/bin/python
+KVPACK := $(VENV)/bin/kvpack
+export PATH := $(VENV)/bin:$(PATH)
+else
+PYTHON ?= python3
+RUN_PYTHON := $(PYTHON)
+KVPACK := $(IN_TREE) $(PYTHON) -m kvpack
+endif
+
+# AUTO, ON or OFF: whether libkvpack_cuda is built (cmake/kvpack_cuda.cmake).
+KVPACK_CUDA ?= AUTO
+
+DEMO_POLICIES ?= int8 int4 int4+1%+sink int3 int3+1%+sink int2+1%+sink kivi-4+sink kivi-2+sink mustafar-50 mustafar-70
+DEMO_FLAGS ?= --seqlen 2048 --limit 4
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+
+CXX_FILES = $(shell find include src tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## system packages where missing, .venv with pinned Python packages
+ifeq ($(NO_VENV),)
+	@tools/setup_environment.sh
+endif
+
+.PHONY: build
+build: setup ## build preset dev: libkvpack and the C++ tests in build/dev
+	@[ -f build/dev/build.ninja ] || cmake --preset dev -DKVPACK_CUDA=$(KVPACK_CUDA)
+	@cmake --build --preset dev
+
+.PHONY: test
+test: build ## C++ tests, find_package from an installed copy, Python tests
+	@ctest --preset dev
+	@$(IN_TREE) $(RUN_PYTHON) -m pytest $(PYTEST_FLAGS)
+
+.PHONY: test-asan
+test-asan: setup ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@[ -f build/asan/build.ninja ] || cmake --preset asan
+	@cmake --build --preset asan
+	@ctest --preset asan
+
+# The installed package is as new as the newest file that goes into it.
+PACKAGE_SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake include src python -type f -not -path '*/__pycache__/*')
+$(VENV)/kvpack.stamp: $(PACKAGE_SOURCES)
+	@echo "installing kvpack into .venv"
+	@$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --config-settings=build-dir=build/package --config-settings=cmake.define.KVPACK_CUDA=$(KVPACK_CUDA) .
+	@touch $@
+
+.PHONY: install
+ifeq ($(NO_VENV),)
+install: setup ## kvpack and its command line into .venv
+	@$(MAKE) --quiet $(VENV)/kvpack.stamp
+else
+install: build
+endif
+
+.PHONY: demo
+demo: install ## what several ways of compressing a real model's KV cache cost; MODEL=... takes another model
+	@mkdir -p out
+	@model=$${MODEL:-$$($(RUN_PYTHON) tools/find_smollm2.py)} && \
+	  $(KVPACK) eval "$$model" $(foreach policy,$(DEMO_POLICIES),--policy '$(policy)') --datasets pydoc $(DEMO_FLAGS) \
+	    --report out/demo.html --json out/demo.json
+
+.PHONY: bench
+bench: build ## the benches, against torch on this machine
+	@$(IN_TREE) $(RUN_PYTHON) benches/bench_simulate.py $(BENCH_FLAGS)
+
+.PHONY: lint
+lint: setup ## formatter and linter, changing nothing
+	@clang-format --dry-run -Werror $(CXX_FILES)
+	@$(RUN_PYTHON) -m ruff format --quiet --check
+	@$(RUN_PYTHON) -m ruff check --quiet
+	@echo "formatter and linter: clean"
+
+.PHONY: format
+format: setup ## format C++ and Python in place
+	@clang-format -i $(CXX_FILES)
+	@$(RUN_PYTHON) -m ruff check --quiet --fix --exit-zero --select I
+	@$(RUN_PYTHON) -m ruff format --quiet
+
+.PHONY: check-documents
+check-documents: install ## local links, example commands and examples of every document
+	@$(RUN_PYTHON) tools/check_links.py
+
+.PHONY: gpu-check
+gpu-check: setup ## build, test, sanitize and bench on a machine with a GPU; results in benches/results
+	@PYTHON=$(RUN_PYTHON) tools/gpu_check.sh
+
+.PHONY: clean
+clean: ## remove build and out; .venv stays
+	@rm -rf build out
