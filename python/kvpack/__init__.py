@@ -1,0 +1,92 @@
+"""kvpack: compresses the key/value cache of language models and measures what that costs.
+
+Importing this package loads neither torch nor transformers nor the native library: every public name is fetched from
+its module on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    # In the order of the pipeline: operators, policies, simulation of tensors and of models.
+    "prune_magnitude": "kvpack.ops",
+    "simulate_uniform": "kvpack.ops",
+    "compare_tensors": "kvpack.ops",
+    "compare_logits": "kvpack.ops",
+    "list_implementations": "kvpack.ops",
+    "explain": "kvpack.ops",
+    "force_implementation": "kvpack.ops",
+    "last_implementation": "kvpack.ops",
+    "set_num_threads": "kvpack.ops",
+    "Method": "kvpack.methods",
+    "DenseMethod": "kvpack.methods",
+    "UniformMethod": "kvpack.methods",
+    "PruneMethod": "kvpack.methods",
+    "register_method": "kvpack.methods",
+    "Policy": "kvpack.policy",
+    "parse_policy": "kvpack.policy",
+    "list_presets": "kvpack.policy",
+    "BitsTally": "kvpack.simulation",
+    "simulate_tensor": "kvpack.simulation",
+    "Simulation": "kvpack.models.hooks",
+    "simulate": "kvpack.models.hooks",
+}
+
+__all__ = [
+    "__version__",
+    "prune_magnitude",
+    "simulate_uniform",
+    "compare_tensors",
+    "compare_logits",
+    "list_implementations",
+    "explain",
+    "force_implementation",
+    "last_implementation",
+    "set_num_threads",
+    "Method",
+    "DenseMethod",
+    "UniformMethod",
+    "PruneMethod",
+    "register_method",
+    "Policy",
+    "parse_policy",
+    "list_presets",
+    "BitsTally",
+    "simulate_tensor",
+    "Simulation",
+    "simulate",
+]
+
+if TYPE_CHECKING:
+    from kvpack.methods import DenseMethod, Method, PruneMethod, UniformMethod, register_method
+    from kvpack.models.hooks import Simulation, simulate
+    from kvpack.ops import (
+        compare_logits,
+        compare_tensors,
+        explain,
+        force_implementation,
+        last_implementation,
+        list_implementations,
+        prune_magnitude,
+        set_num_threads,
+        simulate_uniform,
+    )
+    from kvpack.policy import Policy, list_presets, parse_policy
+    from kvpack.simulation import BitsTally, simulate_tensor
+
+
+def __getattr__(name: str) -> Any:
+    """Fetches a public name from its module on first use and keeps it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvpack' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,255 @@
+"""Policies: which method keys and values go through, what stays dense, and their text and JSON forms.
+
+Text: `NAME[+MOD...]`, or `k:SPEC,v:SPEC` for different keys and values. docs/policies.md lists names and modifiers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvpack.methods import (
+    Kind,
+    Method,
+    Mode,
+    check_choice,
+    check_fields,
+    check_int,
+    method_from_json,
+    registered_methods,
+)
+
+JSON_SCHEMA = "kvpack-policy"
+JSON_VERSION = 1
+
+_LARGEST_COUNT = 2**31 - 1
+_EXAMPLE_MODIFIERS = ("1%", "clamp", "kth_value", "sink", "sink4", "window32", "causal")
+_HOW_TO_LIST = "kvpack.list_presets() and docs/policies.md list all of them"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is done to the keys and values of a model.
+
+    Attributes:
+        key: method of the keys.
+        value: method of the values.
+        sink: this many first tokens of every sequence stay exact and are in no statistic.
+        window: this many most recent tokens stay exact.
+        mode: `oracle` (statistics of the whole sequence) or `causal` (complete groups of at most 64 past tokens).
+
+    Raises:
+        ValueError: a field is out of its range; the message shows it and the range.
+    """
+
+    key: Method
+    value: Method
+    sink: int = 0
+    window: int = 0
+    mode: Mode = "oracle"
+
+    def __post_init__(self) -> None:
+        for name in ("key", "value"):
+            if not isinstance(getattr(self, name), Method):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is a Method, as DenseMethod()")
+        check_int("sink", self.sink, 0, _LARGEST_COUNT)
+        check_int("window", self.window, 0, _LARGEST_COUNT)
+        check_choice("mode", self.mode, ("oracle", "causal"))
+
+    @property
+    def name(self) -> str:
+        """The text form."""
+        return self.to_text()
+
+    @property
+    def is_exact(self) -> bool:
+        """True when nothing changes: both methods keep every bit."""
+        return self.key.stage == "none" and self.value.stage == "none"
+
+    def method_for(self, kind: Kind) -> Method:
+        """The method of `key` or `value`."""
+        check_choice("kind", kind, ("key", "value"))
+        return self.key if kind == "key" else self.value
+
+    def to_text(self) -> str:
+        """The one-line form, from which parse_policy makes an equal policy."""
+        scheme = [f"sink{self.sink if self.sink > 1 else ''}"] if self.sink else []
+        scheme += [f"window{self.window}"] if self.window else []
+        scheme += ["causal"] if self.mode == "causal" else []
+        key = "+".join((self.key.name_for("key"), *self.key.modifiers(), *scheme))
+        value = "+".join((self.value.name_for("value"), *self.value.modifiers(), *scheme))
+        # A name stands for a pair, one method for each kind, so equal texts mean the pair of that name.
+        return key if key == value else f"k:{key},v:{value}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The policy as JSON types, with schema and version."""
+        return {
+            "schema": JSON_SCHEMA,
+            "version": JSON_VERSION,
+            "key": self.key.to_json(),
+            "value": self.value.to_json(),
+            "sink": self.sink,
+            "window": self.window,
+            "mode": self.mode,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Policy:
+        """Reads what to_json wrote.
+
+        Raises:
+            ValueError: another schema or version, unknown or missing fields, impossible values.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"a policy in JSON is an object, not {data!r}")
+        if data.get("schema") != JSON_SCHEMA:
+            raise ValueError(f"schema is {data.get('schema')!r}; expected {JSON_SCHEMA!r}")
+        if data.get("version") != JSON_VERSION or isinstance(data["version"], bool):
+            raise ValueError(f"policy version is {data.get('version')!r}; this kvpack reads version {JSON_VERSION}")
+        known = {"schema", "version", "key", "value", "sink", "window", "mode"}
+        check_fields(data, known, known, "policy")
+        return cls(
+            method_from_json(data["key"], "key"),
+            method_from_json(data["value"], "value"),
+            data["sink"],
+            data["window"],
+            data["mode"],
+        )
+
+
+def list_presets() -> dict[str, str]:
+    """The named presets: text form -> one-line description, the baseline first."""
+    return {name: text for method in registered_methods() for name, text in method.presets().items()}
+
+
+def as_policy(policy: Policy | str) -> Policy:
+    """A policy as it is, or parsed from its text.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: from parse_policy.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, str):
+        return parse_policy(policy)
+    raise TypeError(f"policy is a kvpack.Policy or its text, not {type(policy).__name__}")
+
+
+def parse_policy(text: str) -> Policy:
+    """Makes a policy of its one-line text form.
+
+    Args:
+        text: `NAME[+MOD...]` as `int4+1%+sink`, or `k:SPEC,v:SPEC` as `k:int4,v:kivi-2`.
+
+    Returns:
+        The policy; its to_text() is the canonical spelling of text.
+
+    Raises:
+        ValueError: an unknown name or modifier (the closest ones are named), a number out of its range, a modifier
+            given twice or one that the method does not have.
+    """
+    text = text.strip()
+    if "," in text or text.startswith(("k:", "v:")):
+        return _parse_split(text)
+    (key, value), scheme = _parse_spec(text)
+    return Policy(key, value, **scheme)
+
+
+def _parse_split(text: str) -> Policy:
+    """`k:SPEC,v:SPEC`: sink, window and mode hold for both, so both must name the same ones."""
+    specs: dict[str, str] = {}
+    for part in text.split(","):
+        letter, colon, spec = part.strip().partition(":")
+        if not colon or letter not in ("k", "v") or letter in specs:
+            break
+        specs[letter] = spec
+    else:
+        if len(specs) == 2:
+            (key, _), key_scheme = _parse_spec(specs["k"])
+            (_, value), value_scheme = _parse_spec(specs["v"])
+            if key_scheme != value_scheme:
+                raise ValueError(
+                    f"{text!r}: sink, window and causal hold for keys and values together, but k has "
+                    f"{key_scheme or 'none'} and v has {value_scheme or 'none'}"
+                )
+            return Policy(key, value, **key_scheme)
+    raise ValueError(f"{text!r} is not a policy: different keys and values are written k:SPEC,v:SPEC")
+
+
+def _parse_spec(spec: str) -> tuple[tuple[Method, Method], dict[str, Any]]:
+    """One `NAME[+MOD...]`: its pair of methods, and what it says about sink, window and mode."""
+    name, *modifiers = (part.strip() for part in spec.split("+"))
+    pair = _parse_name(name)
+    scheme: dict[str, Any] = {}
+    for modifier in modifiers:
+        if not _read_scheme_modifier(modifier, scheme, spec):
+            pair = _apply_modifier(pair, name, modifier, spec)
+    return pair, scheme
+
+
+def _parse_name(name: str) -> tuple[Method, Method]:
+    for method in registered_methods():
+        try:
+            pair = method.parse_name(name)
+        except ValueError as error:
+            raise ValueError(f"policy {name!r}: {error}") from error
+        if pair is not None:
+            return pair
+    names = [preset for preset in list_presets() if "+" not in preset]
+    raise ValueError(f"unknown policy {name!r}; {_closest(name, names)}; {_HOW_TO_LIST}")
+
+
+def _read_scheme_modifier(modifier: str, scheme: dict[str, Any], spec: str) -> bool:
+    """Takes `sink[N]`, `windowN` or `causal` into scheme; False for any other modifier."""
+    match = re.fullmatch(r"(sink|window|causal)(-?\d{0,12})", modifier, re.ASCII)
+    if match is None:
+        return False
+    name, number = match[1], match[2]
+    field: Literal["sink", "window", "mode"] = "mode" if name == "causal" else name  # type: ignore[assignment]
+    if field in scheme:
+        raise ValueError(f"{spec!r} has {name} twice")
+    if name == "causal":
+        if number:
+            return False
+        scheme[field] = "causal"
+        return True
+    if not number and name == "window":
+        raise ValueError(f"{spec!r}: window needs its number of tokens, as in window32")
+    if number == "-":
+        return False
+    count = int(number) if number else 1
+    check_int(name, count, 0, _LARGEST_COUNT)
+    if count:
+        scheme[field] = count
+    return True
+
+
+def _apply_modifier(pair: tuple[Method, Method], name: str, modifier: str, spec: str) -> tuple[Method, Method]:
+    changed = []
+    for method in pair:
+        try:
+            result = method.with_modifier(modifier)
+        except ValueError as error:
+            raise ValueError(f"{spec!r}: {error}") from error
+        if result is None:
+            raise ValueError(_refusal(name, modifier, spec))
+        kept = len(result.modifiers()) > len(method.modifiers())
+        if not kept:
+            raise ValueError(f"{spec!r} has the modifier {modifier!r}, or one of its kind, twice")
+        changed.append(result)
+    return changed[0], changed[1]
+
+
+def _refusal(name: str, modifier: str, spec: str) -> str:
+    if modifier in _EXAMPLE_MODIFIERS or modifier.endswith("%"):
+        return f"{spec!r}: {name} has no modifier {modifier!r}; sink, sinkN, windowN and causal go with every policy"
+    return f"{spec!r}: unknown modifier {modifier!r}; {_closest(modifier, list(_EXAMPLE_MODIFIERS))}; {_HOW_TO_LIST}"
+
+
+def _closest(word: str, choices: list[str]) -> str:
+    """The closest choices to a word that was not understood, or all of them when none is close."""
+    close = difflib.get_close_matches(word.lower(), choices, n=3, cutoff=0.4)
+    return f"the closest are {', '.join(close)}" if close else f"there are {', '.join(choices)}"

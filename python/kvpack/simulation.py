@@ -1,0 +1,134 @@
+"""Simulation on one tensor: what keys or values look like after compression, and the bits that would take.
+
+The door to the native operations for policies; kvpack.models.hooks uses it inside a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvpack.methods import DENSE_BITS, Kind, Mode, check_choice, check_int
+from kvpack.policy import Policy, as_policy
+
+_FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass
+class BitsTally:
+    """Adds up what compressed elements cost, scales, offsets, indices and exact tokens included.
+
+    Attributes:
+        elements: key and value elements counted so far.
+        bits: what they take together.
+    """
+
+    elements: int = 0
+    bits: int = 0
+
+    def add(self, elements: int, bits: int) -> None:
+        """Counts `elements` more elements, which take `bits` together."""
+        self.elements += elements
+        self.bits += bits
+
+    @property
+    def bits_per_element(self) -> float:
+        """The honest average; 16.0 while nothing was counted, since then nothing was compressed."""
+        return self.bits / self.elements if self.elements else float(DENSE_BITS)
+
+
+def simulate_tensor(
+    x: Any,
+    policy: Policy | str,
+    kind: Kind = "key",
+    *,
+    mode: Mode | None = None,
+    head_dim: int | None = None,
+    out: Any = None,
+    tally: BitsTally | None = None,
+) -> Any:
+    """Returns what the keys or values of one layer look like after compression by a policy.
+
+    The first policy.sink tokens and the last policy.window tokens of a sequence come back bit for bit and are in no
+    statistic: it is the state of the cache after the last token. Sequences of at most sink + window tokens come back
+    unchanged.
+
+    Args:
+        x: [tokens, channels] or [batch, tokens, channels] (sequences one by one), torch or numpy, float16, bfloat16,
+            float32 or float64, any strides; channels are those of all heads, one head after another. Never changed.
+        policy: a Policy or its text, as "int4+1%+sink".
+        kind: `key` or `value`: which of the policy's two methods.
+        mode: `oracle` or `causal`; None takes the policy's.
+        head_dim: channels of one head, for methods that work per head (pruning); None treats a row as one head.
+        out: where to write, shape, type and device of x; None allocates. x itself is allowed, and then is changed.
+        tally: counts the elements and bits of this call, if given.
+
+    Returns:
+        A tensor of the shape, type and device of x (out, if given). No gradient flows through it.
+
+    Raises:
+        ValueError: bad shapes or numbers, unknown policy, a value that is not finite (grids only), with its coordinate.
+        TypeError: x is no torch or numpy tensor of these types.
+
+    Source: docs/numerics.md sections 1 and 4.
+    """
+    policy = as_policy(policy)
+    method = policy.method_for(kind)
+    mode = policy.mode if mode is None else mode
+    check_choice("mode", mode, ("oracle", "causal"))
+    if head_dim is not None:
+        check_int("head_dim", head_dim, 1, 2**31 - 1)
+    _check_input(x, head_dim)
+    x = x.detach() if hasattr(x, "detach") else _positive_strides(x)
+    out = _empty_like(x) if out is None else _check_out(x, out)
+    tokens = x.shape[-2]
+    compressed = tokens - policy.window
+    bits = 0
+    if method.stage == "none" or compressed <= policy.sink or 0 in x.shape:
+        compressed = 0
+    else:
+        inner, inner_out = (x, out) if policy.window == 0 else (x[..., :compressed, :], out[..., :compressed, :])
+        bits = method.simulate(inner, inner_out, protected_tokens=policy.sink, mode=mode, head_dim=head_dim)
+    if compressed < tokens:
+        out[..., compressed:, :] = x[..., compressed:, :]
+    if tally is not None:
+        elements = int(np.prod(x.shape, dtype=np.int64))
+        tally.add(elements, bits + DENSE_BITS * (elements - elements // max(tokens, 1) * compressed))
+    return out
+
+
+def _check_input(x: Any, head_dim: int | None) -> None:
+    dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
+    if not (isinstance(x, np.ndarray) or hasattr(x, "data_ptr")) or dtype not in _FLOAT_TYPES:
+        raise TypeError(
+            f"x is {type(x).__name__} of type {dtype or 'unknown'}; expected a torch or numpy tensor of "
+            f"{', '.join(_FLOAT_TYPES)}"
+        )
+    if len(x.shape) not in (2, 3):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [tokens, channels] or [batch, tokens, channels]")
+    if head_dim is not None and x.shape[-1] % head_dim:
+        raise ValueError(f"x has {x.shape[-1]} channels, which head_dim {head_dim} does not divide")
+
+
+def _positive_strides(x: np.ndarray) -> np.ndarray:
+    """Negative and fractional strides exist in numpy only; the native side has neither, so these get a copy."""
+    return x if all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides) else x.copy()
+
+
+def _empty_like(x: Any) -> Any:
+    return np.empty(x.shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(x.shape)
+
+
+def _check_out(x: Any, out: Any) -> Any:
+    """The native side checks too, but dense tokens are copied here, where torch and numpy would broadcast or cast."""
+    same_library = isinstance(out, np.ndarray) == isinstance(x, np.ndarray) and hasattr(out, "dtype")
+    if not same_library or tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
+        raise ValueError(
+            f"out is {type(out).__name__} {tuple(getattr(out, 'shape', ()))} {getattr(out, 'dtype', '')}; "
+            f"x is {type(x).__name__} {tuple(x.shape)} {x.dtype}"
+        )
+    if getattr(out, "device", None) != getattr(x, "device", None):
+        raise ValueError(f"out is on {out.device}; x is on {x.device}")
+    return out.detach() if hasattr(out, "detach") else out
