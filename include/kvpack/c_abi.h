@@ -1,0 +1,119 @@
+/* The narrow C interface: what Python (ctypes) and other languages call. One C function per C++ operation, no logic.
+ * Every function returns 0, or the number of an error kind whose text kvpack_last_error() holds for this thread. */
+#ifndef KVPACK_C_ABI_H
+#define KVPACK_C_ABI_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define KVPACK_API __attribute__((visibility("default")))
+#else
+#define KVPACK_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** Error kinds: kvpack::InvalidArgument, kvpack::Unsupported, kvpack::InternalError or anything unexpected. */
+enum { KVPACK_OK = 0, KVPACK_INVALID_ARGUMENT = 1, KVPACK_UNSUPPORTED = 2, KVPACK_INTERNAL_ERROR = 3 };
+
+/** kvpack::TensorView, field by field; dtype and device_kind are the numbers of tensor.h. Strides count elements. */
+typedef struct kvpack_tensor {
+  void* data;
+  int32_t dtype;
+  int32_t device_kind;
+  int32_t device_index;
+  int32_t rank;
+  int64_t shape[4];
+  int64_t strides[4];
+} kvpack_tensor;
+
+/** kvpack::PruneOptions. */
+typedef struct kvpack_prune_options {
+  double sparsity;
+  int32_t rule;
+  int32_t reserved;
+  int64_t head_dim;
+  int64_t protected_tokens;
+  const float* channel_scores;
+} kvpack_prune_options;
+
+/** kvpack::PruneCounts. */
+typedef struct kvpack_prune_counts {
+  int64_t rows;
+  int64_t kept;
+} kvpack_prune_counts;
+
+/** kvpack::UniformOptions. */
+typedef struct kvpack_uniform_options {
+  int32_t bits;
+  int32_t axis;
+  int64_t group;
+  int32_t offset;
+  int32_t causality;
+  double outlier_fraction;
+  int64_t protected_tokens;
+  int32_t compat;
+  int32_t reserved;
+} kvpack_uniform_options;
+
+/** kvpack::UniformCounts. */
+typedef struct kvpack_uniform_counts {
+  int64_t quantized;
+  int64_t vectors;
+  int64_t outliers;
+} kvpack_uniform_counts;
+
+/** kvpack::TensorError. */
+typedef struct kvpack_tensor_error {
+  double squared_error;
+  double squared_norm;
+  double largest;
+} kvpack_tensor_error;
+
+/** KVPACK_ABI_VERSION of the library that was loaded. */
+KVPACK_API int32_t kvpack_abi_version(void);
+/** "0.1.0". */
+KVPACK_API const char* kvpack_version(void);
+/** Text of this thread's last error; valid until the thread's next call. */
+KVPACK_API const char* kvpack_last_error(void);
+
+/** kvpack::prune_magnitude. `stream` is a cudaStream_t, null on the CPU; `counts` may be null. */
+KVPACK_API int32_t kvpack_prune_magnitude(const kvpack_tensor* x, const kvpack_tensor* out,
+                                          const kvpack_prune_options* options, kvpack_prune_counts* counts,
+                                          void* stream);
+/** kvpack::simulate_uniform. */
+KVPACK_API int32_t kvpack_simulate_uniform(const kvpack_tensor* x, const kvpack_tensor* out,
+                                           const kvpack_uniform_options* options, kvpack_uniform_counts* counts,
+                                           void* stream);
+/** kvpack::compare_tensors. */
+KVPACK_API int32_t kvpack_compare_tensors(const kvpack_tensor* x, const kvpack_tensor* y, kvpack_tensor_error* error,
+                                          void* stream);
+/** kvpack::compare_logits. */
+KVPACK_API int32_t kvpack_compare_logits(const kvpack_tensor* reference, const kvpack_tensor* logits,
+                                         const kvpack_tensor* targets, const kvpack_tensor* nll,
+                                         const kvpack_tensor* kl, const kvpack_tensor* top1, void* stream);
+
+/** The registry as a JSON array of kvpack::ImplementationInfo; valid until the thread's next call. */
+KVPACK_API int32_t kvpack_list_implementations(const char** json);
+/** kvpack::explain. */
+KVPACK_API int32_t kvpack_explain(const char* operation, int32_t device_kind, const char** text);
+/** kvpack::force_implementation. */
+KVPACK_API int32_t kvpack_force_implementation(const char* name);
+/** kvpack::last_implementation. */
+KVPACK_API const char* kvpack_last_implementation(void);
+/** kvpack::cpu_features. */
+KVPACK_API int32_t kvpack_cpu_features(const char** text);
+/** kvpack::cuda_status. */
+KVPACK_API int32_t kvpack_cuda_status(const char** text);
+/** kvpack::set_num_threads. */
+KVPACK_API int32_t kvpack_set_num_threads(int32_t num_threads);
+/** kvpack::num_threads. */
+KVPACK_API int32_t kvpack_num_threads(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,12 @@
+// Everything of kvpack's C++ interface, in the order of the pipeline.
+#pragma once
+
+// clang-format off: the order of the pipeline, not of the alphabet
+#include "kvpack/version.h"
+#include "kvpack/error.h"
+#include "kvpack/tensor.h"
+#include "kvpack/dispatch.h"
+#include "kvpack/prune.h"
+#include "kvpack/quantize.h"
+#include "kvpack/evaluate.h"
+// clang-format on

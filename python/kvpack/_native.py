@@ -1,0 +1,204 @@
+"""The boundary to libkvpack: loads it, mirrors the structures of c_abi.h, turns error numbers into exceptions.
+
+Knows nothing of torch or numpy beyond where a tensor's memory lies; holds no logic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ABI_VERSION = 1
+MAX_RANK = 4
+CPU, CUDA = 0, 1
+
+_NUMPY_DTYPES = {"float16": 0, "float32": 2, "float64": 3, "int64": 4}
+_TORCH_DTYPES = {"torch.float16": 0, "torch.bfloat16": 1, "torch.float32": 2, "torch.float64": 3, "torch.int64": 4}
+_DEVICE_KINDS = {"cpu": CPU, "cuda": CUDA}
+
+
+class KvpackError(RuntimeError):
+    """A broken promise inside kvpack: please report it."""
+
+
+class Tensor(ctypes.Structure):
+    """kvpack_tensor: pointer, type, device, shape and strides in elements."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("device_kind", ctypes.c_int32),
+        ("device_index", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * MAX_RANK),
+        ("strides", ctypes.c_int64 * MAX_RANK),
+    )
+
+
+class PruneOptions(ctypes.Structure):
+    """kvpack_prune_options."""
+
+    _fields_ = (
+        ("sparsity", ctypes.c_double),
+        ("rule", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("head_dim", ctypes.c_int64),
+        ("protected_tokens", ctypes.c_int64),
+        ("channel_scores", ctypes.c_void_p),
+    )
+
+
+class PruneCounts(ctypes.Structure):
+    """kvpack_prune_counts: rows pruned and entries that survived in them."""
+
+    _fields_ = (("rows", ctypes.c_int64), ("kept", ctypes.c_int64))
+
+
+class UniformOptions(ctypes.Structure):
+    """kvpack_uniform_options."""
+
+    _fields_ = (
+        ("bits", ctypes.c_int32),
+        ("axis", ctypes.c_int32),
+        ("group", ctypes.c_int64),
+        ("offset", ctypes.c_int32),
+        ("causality", ctypes.c_int32),
+        ("outlier_fraction", ctypes.c_double),
+        ("protected_tokens", ctypes.c_int64),
+        ("compat", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class UniformCounts(ctypes.Structure):
+    """kvpack_uniform_counts: elements quantised, vectors that own a scale, outliers kept exact."""
+
+    _fields_ = (("quantized", ctypes.c_int64), ("vectors", ctypes.c_int64), ("outliers", ctypes.c_int64))
+
+
+class TensorError(ctypes.Structure):
+    """kvpack_tensor_error: sums of one comparison."""
+
+    _fields_ = (("squared_error", ctypes.c_double), ("squared_norm", ctypes.c_double), ("largest", ctypes.c_double))
+
+
+def _library_path() -> Path:
+    """Where libkvpack lies: beside this package, or in a folder a developer names in KVPACK_LIBRARY_DIR."""
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    folders = [Path(__file__).parent / "lib"]
+    if folder := os.environ.get("KVPACK_LIBRARY_DIR"):
+        folders.insert(0, Path(folder))
+    for folder in folders:
+        candidate = folder / f"libkvpack{suffix}"
+        if candidate.is_file():
+            return candidate
+    tried = ", ".join(str(folder) for folder in folders)
+    raise ImportError(f"libkvpack{suffix} not found in {tried}; install kvpack with `pip install .`")
+
+
+def _load() -> ctypes.CDLL:
+    path = _library_path()
+    library = ctypes.CDLL(str(path))
+    found = library.kvpack_abi_version()
+    if found != ABI_VERSION:
+        raise ImportError(f"{path} speaks ABI version {found}, this package {ABI_VERSION}; reinstall kvpack")
+    pointer = ctypes.POINTER
+    tensor = pointer(Tensor)
+    text_out = pointer(ctypes.c_char_p)
+    signatures = {
+        "kvpack_prune_magnitude": (tensor, tensor, pointer(PruneOptions), pointer(PruneCounts), ctypes.c_void_p),
+        "kvpack_simulate_uniform": (tensor, tensor, pointer(UniformOptions), pointer(UniformCounts), ctypes.c_void_p),
+        "kvpack_compare_tensors": (tensor, tensor, pointer(TensorError), ctypes.c_void_p),
+        "kvpack_compare_logits": (tensor, tensor, tensor, tensor, tensor, tensor, ctypes.c_void_p),
+        "kvpack_list_implementations": (text_out,),
+        "kvpack_explain": (ctypes.c_char_p, ctypes.c_int32, text_out),
+        "kvpack_force_implementation": (ctypes.c_char_p,),
+        "kvpack_cpu_features": (text_out,),
+        "kvpack_cuda_status": (text_out,),
+        "kvpack_set_num_threads": (ctypes.c_int32,),
+    }
+    for name, argument_types in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = argument_types
+        function.restype = ctypes.c_int32
+    for name in ("kvpack_version", "kvpack_last_error", "kvpack_last_implementation"):
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+library = _load()
+
+_ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: NotImplementedError, 3: KvpackError}
+
+
+def check(code: int) -> None:
+    """Raises the Python exception of an error number of the C ABI; 0 passes."""
+    if code:
+        raise _ERRORS.get(code, KvpackError)(library.kvpack_last_error().decode())
+
+
+def is_torch(x: Any) -> bool:
+    """True for a torch tensor, without importing torch."""
+    return type(x).__module__.partition(".")[0] == "torch" or hasattr(x, "data_ptr")
+
+
+def view(x: Any, name: str) -> Tensor:
+    """Describes the memory of a torch or numpy tensor.
+
+    Raises:
+        TypeError: x is neither, or has an element type kvpack does not know.
+        ValueError: more than four dimensions, a negative stride, or a device that is neither CPU nor CUDA.
+    """
+    if isinstance(x, np.ndarray):
+        dtype = _NUMPY_DTYPES.get(x.dtype.name) if x.dtype.isnative else None
+        shape, pointer = x.shape, x.ctypes.data
+        strides = tuple(stride // x.itemsize for stride in x.strides)
+        if any(stride % x.itemsize for stride in x.strides):
+            raise ValueError(f"{name} has byte strides {x.strides}, which its {x.itemsize}-byte elements do not divide")
+        device_kind, device_index = CPU, 0
+    elif is_torch(x):
+        dtype = _TORCH_DTYPES.get(str(x.dtype))
+        shape, strides, pointer = x.shape, x.stride(), x.data_ptr()
+        kind = x.device.type
+        if kind not in _DEVICE_KINDS:
+            raise ValueError(f"{name} is on device {x.device}; kvpack knows {', '.join(_DEVICE_KINDS)}")
+        device_kind, device_index = _DEVICE_KINDS[kind], x.device.index or 0
+    else:
+        raise TypeError(f"{name} must be a torch or numpy tensor, not {type(x).__name__}")
+    if dtype is None:
+        raise TypeError(f"{name} has element type {x.dtype}; kvpack knows float16, bfloat16, float32, float64 and int64")
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"{name} has {len(shape)} dimensions {tuple(shape)}; at most {MAX_RANK} are supported")
+    if any(stride < 0 for stride in strides):
+        raise ValueError(f"{name} has the negative stride in {tuple(strides)}; pass a copy")
+    result = Tensor(pointer, dtype, device_kind, device_index, len(shape))
+    result.shape[: len(shape)] = shape
+    result.strides[: len(shape)] = strides
+    return result
+
+
+def stream_of(x: Any) -> int | None:
+    """The CUDA stream that torch currently uses on the device of x; None on the CPU."""
+    if is_torch(x) and x.device.type == "cuda":
+        import torch
+
+        return torch.cuda.current_stream(x.device).cuda_stream
+    return None
+
+
+def text_from(function: Any, *arguments: Any) -> str:
+    """Calls a function of the C ABI whose last parameter receives text."""
+    text = ctypes.c_char_p()
+    check(function(*arguments, ctypes.byref(text)))
+    return (text.value or b"").decode()
+
+
+def json_from(function: Any, *arguments: Any) -> Any:
+    """Like text_from, for functions whose text is JSON."""
+    return json.loads(text_from(function, *arguments))

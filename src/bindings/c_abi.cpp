@@ -1,0 +1,166 @@
+// The C interface: translates structures and exceptions, nothing else.
+#include "kvpack/c_abi.h"
+
+#include <exception>
+#include <string>
+
+#include "core/check.h"
+#include "kvpack/kvpack.h"
+
+namespace {
+
+using kvpack::TensorView;
+
+thread_local std::string last_error;
+thread_local std::string last_text;
+
+/// Runs a call and turns what it throws into an error number.
+template <typename Call>
+std::int32_t guarded(Call&& call) noexcept {
+  try {
+    call();
+    return KVPACK_OK;
+  } catch (const kvpack::InvalidArgument& error) {
+    last_error = error.what();
+    return KVPACK_INVALID_ARGUMENT;
+  } catch (const kvpack::Unsupported& error) {
+    last_error = error.what();
+    return KVPACK_UNSUPPORTED;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return KVPACK_INTERNAL_ERROR;
+  } catch (...) {
+    last_error = "an exception of an unknown type";
+    return KVPACK_INTERNAL_ERROR;
+  }
+}
+
+TensorView view_of(const kvpack_tensor* tensor, const char* name) {
+  kvpack::require(tensor != nullptr, name, " is a null pointer");
+  kvpack::require(tensor->rank >= 0 && tensor->rank <= kvpack::kMaxRank, name, " has ", tensor->rank,
+                  " dimensions; at most ", kvpack::kMaxRank, " are supported");
+  TensorView view;
+  view.data = tensor->data;
+  view.dtype = static_cast<kvpack::DType>(tensor->dtype);
+  view.device = {static_cast<kvpack::DeviceKind>(tensor->device_kind), tensor->device_index};
+  view.rank = tensor->rank;
+  for (int i = 0; i < tensor->rank; ++i) {
+    const auto axis = static_cast<std::size_t>(i);
+    view.shape[axis] = tensor->shape[i];
+    view.strides[axis] = tensor->strides[i];
+  }
+  return view;
+}
+
+std::int32_t give_text(std::string text, const char** target) {
+  last_text = std::move(text);
+  *target = last_text.c_str();
+  return KVPACK_OK;
+}
+
+std::string json_of(const kvpack::ImplementationInfo& info) {
+  // Names are ours and hold nothing that JSON would escape.
+  return kvpack::text(R"({"operation":")", info.operation, R"(","name":")", info.name, R"(","device":")",
+                      info.device == kvpack::DeviceKind::kCpu ? "cpu" : "cuda", R"(","needs":")", info.needs,
+                      R"(","available":)", info.available ? "true" : "false", R"(,"selected":)",
+                      info.selected ? "true" : "false", "}");
+}
+
+}  // namespace
+
+std::int32_t kvpack_abi_version() { return KVPACK_ABI_VERSION; }
+
+const char* kvpack_version() { return KVPACK_VERSION; }
+
+const char* kvpack_last_error() { return last_error.c_str(); }
+
+std::int32_t kvpack_prune_magnitude(const kvpack_tensor* x, const kvpack_tensor* out,
+                                    const kvpack_prune_options* options, kvpack_prune_counts* counts, void* stream) {
+  return guarded([&] {
+    kvpack::require(options != nullptr, "options is a null pointer");
+    kvpack::PruneOptions chosen;
+    chosen.sparsity = options->sparsity;
+    chosen.rule = static_cast<kvpack::PruneRule>(options->rule);
+    chosen.head_dim = options->head_dim;
+    chosen.protected_tokens = options->protected_tokens;
+    chosen.channel_scores = options->channel_scores;
+    const kvpack::PruneCounts result = kvpack::prune_magnitude(view_of(x, "x"), view_of(out, "out"), chosen, stream);
+    if (counts != nullptr) *counts = {result.rows, result.kept};
+  });
+}
+
+std::int32_t kvpack_simulate_uniform(const kvpack_tensor* x, const kvpack_tensor* out,
+                                     const kvpack_uniform_options* options, kvpack_uniform_counts* counts,
+                                     void* stream) {
+  return guarded([&] {
+    kvpack::require(options != nullptr, "options is a null pointer");
+    kvpack::UniformOptions chosen;
+    chosen.bits = options->bits;
+    chosen.axis = static_cast<kvpack::Axis>(options->axis);
+    chosen.group = options->group;
+    chosen.offset = static_cast<kvpack::OffsetRule>(options->offset);
+    chosen.causality = static_cast<kvpack::Causality>(options->causality);
+    chosen.outlier_fraction = options->outlier_fraction;
+    chosen.protected_tokens = options->protected_tokens;
+    chosen.compat = options->compat != 0;
+    const kvpack::UniformCounts result =
+        kvpack::simulate_uniform(view_of(x, "x"), view_of(out, "out"), chosen, stream);
+    if (counts != nullptr) *counts = {result.quantized, result.vectors, result.outliers};
+  });
+}
+
+std::int32_t kvpack_compare_tensors(const kvpack_tensor* x, const kvpack_tensor* y, kvpack_tensor_error* error,
+                                    void* stream) {
+  return guarded([&] {
+    kvpack::require(error != nullptr, "error is a null pointer");
+    const kvpack::TensorError result = kvpack::compare_tensors(view_of(x, "x"), view_of(y, "y"), stream);
+    *error = {result.squared_error, result.squared_norm, result.largest};
+  });
+}
+
+std::int32_t kvpack_compare_logits(const kvpack_tensor* reference, const kvpack_tensor* logits,
+                                   const kvpack_tensor* targets, const kvpack_tensor* nll, const kvpack_tensor* kl,
+                                   const kvpack_tensor* top1, void* stream) {
+  return guarded([&] {
+    kvpack::compare_logits(view_of(reference, "reference"), view_of(logits, "logits"), view_of(targets, "targets"),
+                           view_of(nll, "nll"), view_of(kl, "kl"), view_of(top1, "top1"), stream);
+  });
+}
+
+std::int32_t kvpack_list_implementations(const char** json) {
+  return guarded([&] {
+    std::string rows;
+    for (const kvpack::ImplementationInfo& info : kvpack::list_implementations()) {
+      if (!rows.empty()) rows += ',';
+      rows += json_of(info);
+    }
+    give_text("[" + rows + "]", json);
+  });
+}
+
+std::int32_t kvpack_explain(const char* operation, std::int32_t device_kind, const char** text) {
+  return guarded([&] { give_text(kvpack::explain(operation, static_cast<kvpack::DeviceKind>(device_kind)), text); });
+}
+
+std::int32_t kvpack_force_implementation(const char* name) {
+  return guarded([&] { kvpack::force_implementation(name == nullptr ? "" : name); });
+}
+
+const char* kvpack_last_implementation() {
+  last_text = kvpack::last_implementation();
+  return last_text.c_str();
+}
+
+std::int32_t kvpack_cpu_features(const char** text) {
+  return guarded([&] { give_text(kvpack::cpu_features(), text); });
+}
+
+std::int32_t kvpack_cuda_status(const char** text) {
+  return guarded([&] { give_text(kvpack::cuda_status(), text); });
+}
+
+std::int32_t kvpack_set_num_threads(std::int32_t num_threads) {
+  return guarded([&] { kvpack::set_num_threads(num_threads); });
+}
+
+std::int32_t kvpack_num_threads() { return kvpack::num_threads(); }

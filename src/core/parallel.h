@@ -1,0 +1,20 @@
+// Parallel loops over independent tasks, on OpenMP's threads.
+#pragma once
+
+#include <cstdint>
+
+namespace kvpack {
+
+/// Runs task(context, i) for every i in [0, num_tasks), on up to num_threads() threads, in no order.
+///   A task must not throw. With one task or one thread no other thread is woken.
+void run_tasks(std::int64_t num_tasks, void (*task)(void* context, std::int64_t index), void* context);
+
+/// The same for any callable. The callable stays in the caller's translation unit, so code compiled for one
+/// instruction set never becomes a shared inline function.
+template <typename Callable>
+void parallel_for(std::int64_t num_tasks, Callable& callable) {
+  run_tasks(
+      num_tasks, [](void* context, std::int64_t index) { (*static_cast<Callable*>(context))(index); }, &callable);
+}
+
+}  // namespace kvpack

@@ -1,0 +1,17 @@
+// What this processor and its operating system offer, asked once.
+#pragma once
+
+#include <cstdint>
+
+namespace kvpack {
+
+/// One bit for each feature that an implementation may need.
+enum CpuFeature : std::uint32_t {
+  kFeatureAvx2 = 1u << 0,    // avx2, fma, f16c, bmi2 and popcnt together: every AVX2 processor since Haswell and Zen
+  kFeatureAvx512 = 1u << 1,  // avx512f, bw, dq and vl together: Skylake-X and later, Zen 4 and later
+};
+
+/// The bits that this machine has.
+std::uint32_t detect_cpu_features() noexcept;
+
+}  // namespace kvpack

@@ -1,0 +1,227 @@
+// The list of implementations, the choice between them, forcing and explaining.
+#include "dispatch/registry.h"
+
+#include <array>
+#include <cstdlib>
+#include <mutex>
+#include <optional>
+
+#include "core/check.h"
+#include "dispatch/cpu_features.h"
+#include "evaluate/implementations.h"
+#include "kvpack/dispatch.h"
+#include "prune/implementations.h"
+#include "quantize/implementations.h"
+
+namespace kvpack {
+
+namespace {
+
+constexpr std::uint32_t kNothing = 0;
+constexpr std::array kOperations{Operation::kPruneMagnitude, Operation::kSimulateUniform, Operation::kCompareTensors,
+                                 Operation::kCompareLogits};
+
+/// A row of the CPU side. Naming the operation's type makes the compiler check the function against it.
+template <typename Function>
+Implementation cpu_row(Operation operation, const char* name, std::uint32_t needs, Function function) {
+  return {operation, name, DeviceKind::kCpu, needs, reinterpret_cast<AnyFunction>(function)};
+}
+
+/// THE list: each operation from slowest to fastest.
+const std::vector<Implementation>& cpu_rows() {
+  static const std::vector<Implementation> rows{
+      cpu_row<PruneFunction>(Operation::kPruneMagnitude, "reference", kNothing, reference::prune_magnitude),
+      cpu_row<PruneFunction>(Operation::kPruneMagnitude, "scalar", kNothing, scalar::prune_magnitude),
+      cpu_row<UniformFunction>(Operation::kSimulateUniform, "reference", kNothing, reference::simulate_uniform),
+      cpu_row<UniformFunction>(Operation::kSimulateUniform, "scalar", kNothing, scalar::simulate_uniform),
+      cpu_row<CompareTensorsFunction>(Operation::kCompareTensors, "reference", kNothing, reference::compare_tensors),
+      cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "reference", kNothing, reference::compare_logits),
+      cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "scalar", kNothing, scalar::compare_logits),
+#if defined(__x86_64__)
+      cpu_row<PruneFunction>(Operation::kPruneMagnitude, "avx2", kFeatureAvx2, avx2::prune_magnitude),
+      cpu_row<PruneFunction>(Operation::kPruneMagnitude, "avx512", kFeatureAvx512, avx512::prune_magnitude),
+      cpu_row<UniformFunction>(Operation::kSimulateUniform, "avx2", kFeatureAvx2, avx2::simulate_uniform),
+      cpu_row<UniformFunction>(Operation::kSimulateUniform, "avx512", kFeatureAvx512, avx512::simulate_uniform),
+      cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "avx2", kFeatureAvx2, avx2::compare_logits),
+      cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "avx512", kFeatureAvx512, avx512::compare_logits),
+#endif
+  };
+  return rows;
+}
+
+std::span<const Implementation> rows_of(DeviceKind device) {
+  return device == DeviceKind::kCuda ? cuda_implementations() : std::span<const Implementation>(cpu_rows());
+}
+
+bool runs_here(const Implementation& row) {
+  static const std::uint32_t features = detect_cpu_features();
+  return (row.needs & ~features) == 0;
+}
+
+std::string needs_text(std::uint32_t needs) {
+  if (needs & kFeatureAvx512) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl";
+  if (needs & kFeatureAvx2) return "avx2 fma f16c bmi2 popcnt";
+  return "";
+}
+
+const char* name_of_device(DeviceKind device) { return device == DeviceKind::kCpu ? "cpu" : "cuda"; }
+
+std::mutex forced_mutex;
+
+/// The forced name; starts as KVPACK_IMPL. Guarded by forced_mutex.
+std::string& forced_name() {
+  static std::string name = [] {
+    const char* from_environment = std::getenv("KVPACK_IMPL");
+    return std::string(from_environment == nullptr ? "" : from_environment);
+  }();
+  return name;
+}
+
+std::string read_forced_name() {
+  const std::lock_guard lock(forced_mutex);
+  return forced_name();
+}
+
+/// Adds a name to a list, "reference, scalar".
+void append(std::string& list, const char* name) {
+  if (!list.empty()) list += ", ";
+  list += name;
+}
+
+/// Names of an operation's rows, "reference, scalar, avx2".
+std::string names_text(Operation operation, DeviceKind device) {
+  std::string names;
+  for (const Implementation& row : rows_of(device)) {
+    if (row.operation == operation) append(names, row.name);
+  }
+  return names.empty() ? "none" : names;
+}
+
+/// True when any operation has an implementation of that name on that device.
+bool device_has_name(const std::string& name, DeviceKind device) {
+  for (const Implementation& row : rows_of(device)) {
+    if (row.name == name) return true;
+  }
+  return false;
+}
+
+/// True when any operation has an implementation of that name.
+bool has_name(const std::string& name) {
+  return device_has_name(name, DeviceKind::kCpu) || device_has_name(name, DeviceKind::kCuda);
+}
+
+struct Choice {
+  const Implementation* row = nullptr;  // null: nothing fits
+  std::string reason;
+};
+
+/// An operation that lacks the forced name (compare_tensors has no SIMD) runs its best; a forced name of the other
+/// device does not concern this one.
+Choice choose(Operation operation, DeviceKind device) {
+  const std::string forced = read_forced_name();
+  if (!forced.empty() && !has_name(forced)) {
+    return {nullptr, text("KVPACK_IMPL is \"", forced, "\"; ", name_of(operation), " has ",
+                          names_text(operation, device), " on ", name_of_device(device))};
+  }
+  const Implementation* best = nullptr;
+  const Implementation* named = nullptr;
+  for (const Implementation& row : rows_of(device)) {
+    if (row.operation != operation) continue;
+    if (runs_here(row)) best = &row;
+    if (row.name == forced) named = &row;
+  }
+  if (named != nullptr && !runs_here(*named)) {
+    return {nullptr, text("forced \"", forced, "\" needs ", needs_text(named->needs), "; this processor has ",
+                          cpu_features())};
+  }
+  if (named != nullptr) return {named, text("forced by name: \"", forced, "\"")};
+  if (best == nullptr) {
+    return {nullptr, text(name_of(operation), " has no implementation on ", name_of_device(device), "; there it has ",
+                          names_text(operation, device), ", on cpu ", names_text(operation, DeviceKind::kCpu),
+                          device == DeviceKind::kCuda ? "; the CUDA side is " + cuda_status() : "")};
+  }
+  if (!forced.empty() && device_has_name(forced, device)) {
+    return {best, text("\"", forced, "\" is forced, but this operation has only ", names_text(operation, device))};
+  }
+  return {best, "the fastest one that this machine can run"};
+}
+
+thread_local const char* last_name = "";
+
+}  // namespace
+
+const char* name_of(Operation operation) noexcept {
+  switch (operation) {
+    case Operation::kPruneMagnitude:
+      return "prune_magnitude";
+    case Operation::kSimulateUniform:
+      return "simulate_uniform";
+    case Operation::kCompareTensors:
+      return "compare_tensors";
+    case Operation::kCompareLogits:
+      return "compare_logits";
+  }
+  return "unknown";
+}
+
+const Implementation& select_row(Operation operation, DeviceKind device) {
+  const Choice choice = choose(operation, device);
+  if (choice.row == nullptr) throw Unsupported(choice.reason);
+  return *choice.row;
+}
+
+void note_last_implementation(const Implementation& row) noexcept { last_name = row.name; }
+
+std::string last_implementation() { return last_name; }
+
+std::vector<ImplementationInfo> list_implementations() {
+  std::vector<ImplementationInfo> result;
+  for (const DeviceKind device : {DeviceKind::kCpu, DeviceKind::kCuda}) {
+    for (const Operation operation : kOperations) {
+      const Implementation* chosen = choose(operation, device).row;
+      for (const Implementation& row : rows_of(device)) {
+        if (row.operation != operation) continue;
+        result.push_back(
+            {name_of(operation), row.name, device, needs_text(row.needs), runs_here(row), &row == chosen});
+      }
+    }
+  }
+  return result;
+}
+
+std::string explain(const std::string& operation_name, DeviceKind device) {
+  std::string known;
+  std::optional<Operation> operation;
+  for (const Operation candidate : kOperations) {
+    if (operation_name == name_of(candidate)) operation = candidate;
+    append(known, name_of(candidate));
+  }
+  require(operation.has_value(), "there is no operation \"", operation_name, "\"; there are ", known);
+  const Choice choice = choose(*operation, device);
+  std::string lines = choice.row == nullptr
+                          ? text(operation_name, " on ", name_of_device(device), " cannot run: ", choice.reason)
+                          : text(operation_name, " on ", name_of_device(device), " runs ", choice.row->name, ": ",
+                                 choice.reason);
+  for (const Implementation& row : rows_of(device)) {
+    if (row.operation != *operation) continue;
+    lines += text("\n  ", row.name, runs_here(row) ? ": can run" : ": cannot run, needs " + needs_text(row.needs));
+  }
+  return lines;
+}
+
+void force_implementation(const std::string& name) {
+  if (!name.empty()) {
+    require(has_name(name), "no operation has an implementation \"", name, "\"; simulate_uniform has ",
+            names_text(Operation::kSimulateUniform, DeviceKind::kCpu), " on cpu and ",
+            names_text(Operation::kSimulateUniform, DeviceKind::kCuda), " on cuda");
+    for (const Implementation& row : cpu_rows()) {
+      if (row.name == name && !runs_here(row)) {
+        throw Unsupported(text("\"", name, "\" needs ", needs_text(row.needs), "; this processor has ", cpu_features()));
+      }
+    }
+  }
+  const std::lock_guard lock(forced_mutex);
+  forced_name() = name;
+}
+
+}  // namespace kvpack

@@ -1,0 +1,50 @@
+// The registry: one row for each implementation of each operation, and the choice between them.
+// Dispatch happens once per public call, in the entry file of the operation.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kvpack/tensor.h"
+
+namespace kvpack {
+
+enum class Operation : std::int32_t { kPruneMagnitude, kSimulateUniform, kCompareTensors, kCompareLogits };
+
+/// The name in public text: "prune_magnitude", ...
+const char* name_of(Operation operation) noexcept;
+
+/// Any implementation; select() casts it back to its operation's type.
+using AnyFunction = void (*)();
+
+/// One implementation of one operation. Rows of an operation stand from slowest to fastest: the last one that this
+/// machine can run is chosen.
+struct Implementation {
+  Operation operation;
+  const char* name;  // "reference", "scalar", "avx2", "avx512", "cuda"
+  DeviceKind device;
+  std::uint32_t needs;  // CpuFeature bits
+  AnyFunction function;
+};
+
+/// The row that runs `operation` on `device` now, by the forced name or else the best one.
+///   Throws    Unsupported when there is none; the message lists what exists
+const Implementation& select_row(Operation operation, DeviceKind device);
+
+/// Notes the row as this thread's last one and returns its function as `Function`, the operation's own type.
+template <typename Function>
+Function select(Operation operation, DeviceKind device);
+
+void note_last_implementation(const Implementation& row) noexcept;
+
+template <typename Function>
+Function select(Operation operation, DeviceKind device) {
+  const Implementation& row = select_row(operation, device);
+  note_last_implementation(row);
+  return reinterpret_cast<Function>(row.function);
+}
+
+/// Rows of the CUDA library, empty when it is not loaded: dispatch/cuda_library.cpp.
+std::span<const Implementation> cuda_implementations();
+
+}  // namespace kvpack

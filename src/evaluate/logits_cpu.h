@@ -1,0 +1,127 @@
+// Comparing predictions in the SIMD vocabulary, two sweeps a position. Compiled once per instruction set by
+// logits_cpu.cpp.
+//
+// With a = reference - its maximum, b = logits - their maximum, A = sum exp(a), B = sum exp(b):
+//   KL = sum exp(a)/A * ((a - log A) - (b - log B)) = (sum exp(a)*(a - b))/A - log A + log B
+// so one sweep finds both maxima and the next all three sums.
+
+namespace kvpack::KVPACK_ISA {
+namespace {
+
+/// exp(x) for x <= 0, within 2 units in the last place; below -87 the result is 0. Cephes' polynomial.
+inline F32 exp_nonpositive(F32 x) {
+  const Mask vanishes = le(x, set1(-87.0f));
+  const F32 clamped = max(x, set1(-87.0f));
+  const F32 n = round_even(mul(clamped, set1(1.44269504088896341f)));
+  F32 r = fma(n, set1(-0.693359375f), clamped);
+  r = fma(n, set1(2.12194440e-4f), r);
+  F32 p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = add(fma(mul(r, r), p, r), set1(1.0f));
+  return blend(vanishes, set1(0.0f), mul(p, exp2_whole(n)));
+}
+
+/// Largest logit of a row and its first place.
+struct Top {
+  float value;
+  std::int64_t place;
+};
+
+template <typename T>
+inline Top find_top(const T* row, std::int64_t vocabulary) {
+  F32 largest = set1(-std::numeric_limits<float>::infinity());
+  std::int64_t v = 0;
+  for (; v + kLanes <= vocabulary; v += kLanes) largest = max(load(row + v), largest);
+  Top top{reduce_max(largest), 0};
+  for (; v < vocabulary; ++v) top.value = to_float(row[v]) > top.value ? to_float(row[v]) : top.value;
+  const F32 wanted = set1(top.value);
+  for (v = 0; v + kLanes <= vocabulary; v += kLanes) {
+    const std::uint32_t lanes = bits(eq(load(row + v), wanted));
+    if (lanes != 0) {
+      top.place = v + std::countr_zero(lanes);
+      return top;
+    }
+  }
+  for (; v < vocabulary; ++v) {
+    if (to_float(row[v]) == top.value) {
+      top.place = v;
+      return top;
+    }
+  }
+  return top;
+}
+
+struct Sums {
+  double reference = 0.0;  // sum exp(a)
+  double logits = 0.0;     // sum exp(b)
+  double weighted = 0.0;   // sum exp(a) * (a - b)
+};
+
+template <typename T>
+inline Sums add_up(const T* reference, const T* logits, std::int64_t vocabulary, float reference_top, float top) {
+  // Lanes collect at most this many registers before they join the float64 sums, so that rounding stays below 1e-6.
+  constexpr std::int64_t kRun = 64 * kLanes;
+  Sums sums;
+  std::int64_t v = 0;
+  for (std::int64_t first = 0; first + kLanes <= vocabulary; first += kRun) {
+    F32 reference_sum = set1(0.0f);
+    F32 sum = set1(0.0f);
+    F32 weighted = set1(0.0f);
+    const std::int64_t end = first + kRun < vocabulary ? first + kRun : vocabulary;
+    for (v = first; v + kLanes <= end; v += kLanes) {
+      const F32 a = sub(load(reference + v), set1(reference_top));
+      const F32 b = sub(load(logits + v), set1(top));
+      const F32 p = exp_nonpositive(a);
+      reference_sum = add(reference_sum, p);
+      sum = add(sum, exp_nonpositive(b));
+      // p is 0 for a logit of -infinity, whose a - b would be NaN.
+      weighted = add(weighted, blend(gt(p, set1(0.0f)), mul(p, sub(a, b)), set1(0.0f)));
+    }
+    sums.reference += static_cast<double>(reduce_add(reference_sum));
+    sums.logits += static_cast<double>(reduce_add(sum));
+    sums.weighted += static_cast<double>(reduce_add(weighted));
+  }
+  for (; v < vocabulary; ++v) {
+    const double a = static_cast<double>(to_float(reference[v]) - reference_top);
+    const double b = static_cast<double>(to_float(logits[v]) - top);
+    const double p = std::exp(a);
+    sums.reference += p;
+    sums.logits += std::exp(b);
+    if (p > 0.0) sums.weighted += p * (a - b);
+  }
+  return sums;
+}
+
+template <typename T>
+void compare_position(const CompareLogitsProblem& problem, std::int64_t i) {
+  const T* reference = static_cast<const T*>(problem.reference) + i * problem.reference_stride;
+  const T* logits = static_cast<const T*>(problem.logits) + i * problem.logits_stride;
+  const Top reference_top = find_top(reference, problem.vocabulary);
+  const Top top = find_top(logits, problem.vocabulary);
+  const Sums sums = add_up(reference, logits, problem.vocabulary, reference_top.value, top.value);
+  const double log_sum = std::log(sums.logits);
+  const double target = static_cast<double>(to_float(logits[problem.targets[i]])) - static_cast<double>(top.value);
+  problem.nll[i] = log_sum - target;
+  problem.kl[i] = sums.weighted / sums.reference - std::log(sums.reference) + log_sum;
+  problem.top1[i] = reference_top.place == top.place ? 1.0 : 0.0;
+}
+
+}  // namespace
+
+void compare_logits(const CompareLogitsProblem& problem) {
+  constexpr std::int64_t kBlockPositions = 8;
+  auto compare_block = [&](std::int64_t block) {
+    const std::int64_t first = block * kBlockPositions;
+    const std::int64_t end = first + kBlockPositions < problem.positions ? first + kBlockPositions : problem.positions;
+    with_float_type(problem.dtype, [&]<typename T>() {
+      for (std::int64_t i = first; i < end; ++i) compare_position<T>(problem, i);
+    });
+  };
+  parallel_for((problem.positions + kBlockPositions - 1) / kBlockPositions, compare_block);
+}
+
+}  // namespace kvpack::KVPACK_ISA

@@ -1,0 +1,120 @@
+// The SIMD vocabulary on AVX2, FMA and F16C: 8 lanes. What each word means stands in isa/scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <bit>
+#include <cstdint>
+
+#include "core/half.h"
+#include "isa/compress_table.h"
+
+namespace kvpack::avx2 {
+namespace {
+
+inline constexpr int kLanes = 8;
+using F32 = __m256;
+using U32 = __m256i;
+using Mask = __m256;  // all bits of a lane set, or none
+
+inline F32 load(const float* source) { return _mm256_loadu_ps(source); }
+inline F32 load(const Half* source) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
+inline F32 load(const BFloat16* source) {
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+inline F32 load(const double* source) {
+  return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(source + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(source)));
+}
+inline void store(float* target, F32 value) { _mm256_storeu_ps(target, value); }
+inline void store(Half* target, F32 value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* target, F32 value) {
+  const __m256i word = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(word, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(0x40));
+  const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+  const __m256i halves = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
+                   _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+}
+inline void store(double* target, F32 value) {
+  _mm256_storeu_pd(target, _mm256_cvtps_pd(_mm256_castps256_ps128(value)));
+  _mm256_storeu_pd(target + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)));
+}
+inline F32 set1(float value) { return _mm256_set1_ps(value); }
+inline U32 set1_u32(std::uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
+inline U32 load_u32(const std::uint32_t* source) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+}
+inline void store_u32(std::uint32_t* target, U32 value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), value);
+}
+
+inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+inline F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 round_even(F32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 exp2_whole(F32 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+
+inline Mask ge(F32 a, F32 b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+inline Mask gt(F32 a, F32 b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+inline Mask le(F32 a, F32 b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+inline Mask eq(F32 a, F32 b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline Mask is_nonfinite(F32 a) {
+  const __m256i exponent = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7f800000));
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(exponent, _mm256_set1_epi32(0x7f800000)));
+}
+// Signed compares serve: ranks stay below 2^31.
+inline Mask ge_u32(U32 a, U32 b) {
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_cmpgt_epi32(a, b), _mm256_cmpeq_epi32(a, b)));
+}
+inline Mask gt_u32(U32 a, U32 b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)); }
+inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+inline std::uint32_t bits(Mask mask) { return static_cast<std::uint32_t>(_mm256_movemask_ps(mask)); }
+inline Mask mask_from_bits(std::uint32_t lane_bits) {
+  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i spread = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lane_bits)), lane_bit);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(spread, lane_bit));
+}
+inline F32 blend(Mask mask, F32 if_set, F32 if_clear) { return _mm256_blendv_ps(if_clear, if_set, mask); }
+
+inline float reduce_min(F32 a) {
+  __m128 half = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  half = _mm_min_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
+}
+inline float reduce_max(F32 a) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+inline float reduce_add(F32 a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+inline int compress_store(float* target, Mask mask, F32 value) {
+  const std::uint32_t kept = bits(mask);
+  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompressTable.lanes[kept].data()));
+  _mm256_storeu_ps(target, _mm256_permutevar8x32_ps(value, order));
+  return std::popcount(kept);
+}
+
+inline U32 magnitude_rank(F32 a) {
+  const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff));
+  return _mm256_min_epi32(magnitude, _mm256_set1_epi32(0x7f800001));
+}
+
+}  // namespace
+}  // namespace kvpack::avx2

@@ -1,0 +1,35 @@
+// Compiles the file named by KVPACK_SIMD_SOURCE once per instruction set, each in its own namespace.
+// Include it after every standard header the source needs, so that no shared inline function is compiled inside a
+// `#pragma GCC target` region: per-file -m flags would leak AVX code into such functions.
+// Within the source, KVPACK_ISA is the namespace: scalar, avx2 or avx512.
+
+#include "isa/scalar.h"
+
+#define KVPACK_ISA scalar
+#include KVPACK_SIMD_SOURCE
+#undef KVPACK_ISA
+
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 in its own header (bug 105593)
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "isa/compress_table.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
+#include "isa/avx2.h"
+#define KVPACK_ISA avx2
+#include KVPACK_SIMD_SOURCE
+#undef KVPACK_ISA
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
+#include "isa/avx512.h"
+#define KVPACK_ISA avx512
+#include KVPACK_SIMD_SOURCE
+#undef KVPACK_ISA
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,145 @@
+// Simulated uniform quantisation in the SIMD vocabulary: what both axes share, and the tasks. Compiled once per
+// instruction set by uniform_cpu.cpp.
+
+namespace kvpack::KVPACK_ISA {
+namespace {
+
+enum class Outliers { kNone, kKept };
+
+/// Quantises and dequantises one register. The lines are those of simulate_value() in quantize/uniform.h; lanes with a
+/// degenerate grid (qs 0) give the value back, or 0 where `keeps_degenerate` is clear.
+template <Outliers kOutliers>
+inline F32 simulate_lanes(F32 x, F32 qs, F32 offset, F32 upper, F32 lower, F32 levels, Mask keeps_degenerate) {
+  const F32 zero = set1(0.0f);
+  const F32 rounded = round_even(sub(mul(x, qs), offset));
+  const F32 code = min(max(rounded, zero), levels);
+  const F32 value = div(add(code, offset), qs);
+  F32 result = blend(eq(qs, zero), blend(keeps_degenerate, x, zero), value);
+  if constexpr (kOutliers == Outliers::kKept) result = blend(either(ge(x, upper), le(x, lower)), x, result);
+  return result;
+}
+
+/// The same for one element, whose bits stay when it is exact: a float64 would lose some on its way through float32.
+template <Outliers kOutliers, typename T>
+inline T simulate_element(T x, UniformGrid grid, float upper, float lower, const UniformOptions& options) {
+  const float value = to_float(x);
+  if (kOutliers == Outliers::kKept && (value >= upper || value <= lower)) return x;
+  if (grid.qs == 0.0f && !options.compat) return x;
+  T result{};
+  if (grid.qs != 0.0f) from_float(simulate_value(value, grid, largest_code(options.bits)), result);
+  return result;
+}
+
+inline Mask keeps_degenerate(const UniformOptions& options) { return mask_from_bits(options.compat ? 0u : ~0u); }
+
+}  // namespace
+}  // namespace kvpack::KVPACK_ISA
+
+#include "quantize/uniform_per_channel_cpu.h"
+#include "quantize/uniform_per_token_cpu.h"
+
+namespace kvpack::KVPACK_ISA {
+namespace {
+
+/// A task's sums; tasks merge theirs at their end.
+struct TaskTotals {
+  std::atomic<std::int64_t> quantized{0};
+  std::atomic<std::int64_t> vectors{0};
+  std::atomic<std::int64_t> outliers{0};
+  std::atomic<bool> all_finite{true};
+
+  void add(const UniformCounts& counts, bool task_all_finite) {
+    quantized.fetch_add(counts.quantized, std::memory_order_relaxed);
+    vectors.fetch_add(counts.vectors, std::memory_order_relaxed);
+    outliers.fetch_add(counts.outliers, std::memory_order_relaxed);
+    if (!task_all_finite) all_finite.store(false, std::memory_order_relaxed);
+  }
+};
+
+/// Elements that make a task worth handing to another thread.
+inline constexpr std::int64_t kTaskElements = 32768;
+
+template <Outliers kOutliers, typename T>
+void run_per_token(const UniformProblem& problem, TaskTotals& totals) {
+  const std::int64_t first_token = problem.options.protected_tokens;
+  const std::int64_t block = 1 + kTaskElements / problem.channels;
+  auto task = [&](std::int64_t index) {
+    const std::int64_t first = first_token + index * block;
+    const std::int64_t end = first + block < problem.tokens ? first + block : problem.tokens;
+    UniformCounts counts;
+    const bool all_finite = simulate_tokens<kOutliers, T>(problem, first, end, counts);
+    totals.add(counts, all_finite);
+  };
+  parallel_for((problem.tokens - first_token + block - 1) / block, task);
+}
+
+template <Outliers kOutliers, typename T>
+void run_per_channel(const UniformProblem& problem, TaskTotals& totals) {
+  // 64 channels a tile: 256 bytes of float32 a token, four lines that the prefetcher and the translation buffer share.
+  constexpr std::int64_t kTileChannels = 64;
+  constexpr int kTileVectors = 64 / kLanes > 4 ? 4 : 64 / kLanes;
+  const std::int64_t groups = num_token_groups(problem);
+  const std::int64_t tiles = (problem.channels + kTileChannels - 1) / kTileChannels;
+  const std::int64_t groups_per_task = 1 + kTaskElements / (problem.group * kTileChannels);
+  auto task = [&](std::int64_t index) {
+    const std::int64_t first = index % tiles * kTileChannels;
+    const std::int64_t end = first + kTileChannels < problem.channels ? first + kTileChannels : problem.channels;
+    const std::int64_t first_group = index / tiles * groups_per_task;
+    const std::int64_t end_group = first_group + groups_per_task < groups ? first_group + groups_per_task : groups;
+    UniformCounts counts;
+    bool all_finite = true;
+    for (std::int64_t g = first_group; g < end_group; ++g) {
+      const TokenRange range = token_group(problem, g);
+      if (range.first == range.end) continue;
+      const std::int64_t done =
+          simulate_channels<kOutliers, kTileVectors, T>(problem, range, first, end, counts, all_finite);
+      scalar::simulate_channels<static_cast<scalar::Outliers>(kOutliers), 1, T>(problem, range, first + done, end,
+                                                                                counts, all_finite);
+    }
+    totals.add(counts, all_finite);
+  };
+  parallel_for(tiles * ((groups + groups_per_task - 1) / groups_per_task), task);
+}
+
+/// Tokens that come back exactly: the protected ones, and in causal mode an incomplete last group.
+template <typename T>
+void copy_exact_tokens(const UniformProblem& problem) {
+  if (problem.x == problem.out) return;
+  const bool by_channel = problem.options.axis == Axis::kPerChannel;
+  const std::int64_t head_end = problem.options.protected_tokens;
+  const std::int64_t groups_end = by_channel ? num_token_groups(problem) * problem.group : problem.tokens;
+  const std::int64_t tail_first = groups_end > head_end ? groups_end : head_end;
+  for (std::int64_t t = 0; t < problem.tokens; ++t) {
+    if (t == head_end && tail_first > t) t = tail_first;
+    if (t >= problem.tokens) break;
+    std::memcpy(static_cast<T*>(problem.out) + t * problem.out_token_stride,
+                static_cast<const T*>(problem.x) + t * problem.x_token_stride,
+                static_cast<std::size_t>(problem.channels) * sizeof(T));
+  }
+}
+
+template <Outliers kOutliers, typename T>
+void run(const UniformProblem& problem, TaskTotals& totals) {
+  if (problem.options.axis == Axis::kPerToken) {
+    run_per_token<kOutliers, T>(problem, totals);
+  } else {
+    run_per_channel<kOutliers, T>(problem, totals);
+  }
+  copy_exact_tokens<T>(problem);
+}
+
+}  // namespace
+
+UniformOutcome simulate_uniform(const UniformProblem& problem) {
+  TaskTotals totals;
+  with_float_type(problem.dtype, [&]<typename T>() {
+    if (problem.options.outlier_fraction > 0.0) {
+      run<Outliers::kKept, T>(problem, totals);
+    } else {
+      run<Outliers::kNone, T>(problem, totals);
+    }
+  });
+  return {{totals.quantized, totals.vectors, totals.outliers}, totals.all_finite};
+}
+
+}  // namespace kvpack::KVPACK_ISA
