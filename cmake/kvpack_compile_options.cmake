@@ -4,6 +4,8 @@ if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "Debug, Release, RelWithDebInfo or MinSizeRel" FORCE)
 endif()
 
+# Hidden is the default; the headers of include/kvpack open their namespace with visibility "default", so that exactly the
+# public interface leaves libkvpack.
 function(kvpack_set_compile_options target)
   set_target_properties(${target} PROPERTIES
     CXX_VISIBILITY_PRESET hidden

@@ -6,7 +6,7 @@
 
 #include "kvpack/tensor.h"
 
-namespace kvpack {
+namespace [[gnu::visibility("default")]] kvpack {
 
 /// One line of the registry, as doctor and explain show it.
 struct ImplementationInfo {

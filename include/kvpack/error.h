@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace kvpack {
+namespace [[gnu::visibility("default")]] kvpack {
 
 /// Base of every error that kvpack throws on purpose.
 class Error : public std::runtime_error {

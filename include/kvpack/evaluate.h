@@ -5,7 +5,7 @@
 
 #include "kvpack/tensor.h"
 
-namespace kvpack {
+namespace [[gnu::visibility("default")]] kvpack {
 
 /// Sums of one comparison of tensors; relative error is squared_error / squared_norm.
 struct TensorError {

@@ -5,7 +5,7 @@
 
 #include "kvpack/tensor.h"
 
-namespace kvpack {
+namespace [[gnu::visibility("default")]] kvpack {
 
 /// Which entries magnitude pruning keeps. The numbers are part of the C ABI.
 enum class PruneRule : std::int32_t {

@@ -5,7 +5,7 @@
 
 #include "kvpack/tensor.h"
 
-namespace kvpack {
+namespace [[gnu::visibility("default")]] kvpack {
 
 /// Along which axis one scale is shared. The numbers are part of the C ABI.
 enum class Axis : std::int32_t {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-namespace kvpack {
+namespace [[gnu::visibility("default")]] kvpack {
 
 /// Element types that views may carry. The numbers are part of the C ABI and never change.
 enum class DType : std::int32_t {
