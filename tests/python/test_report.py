@@ -179,11 +179,12 @@ def test_a_page_with_only_fp16_says_that_there_is_nothing_to_compare():
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300, -1e300, 5e-324, 0.0, -0.5, None, "inf", "x"])
 def test_any_number_gives_a_page(value):
-    for name in ("ppl", "ppl_delta", "ppl_delta_low", "ppl_delta_high", "kl", "top1", "bits"):
-        Page(render_report(make_results(make_row("odd", 3.0, 1.0, **{name: value}), *ORDINARY)))
-        Page(render_report(make_results(make_row("odd", 3.0, 1.0, **{name: value}))))
+    fields = ("ppl", "ppl_delta", "ppl_delta_low", "ppl_delta_high", "kl", "top1", "bits")
     broken = [{"layer": layer, "kind": "key", "relative_error": value} for layer in range(3)]
-    Page(render_report(make_results(make_row("odd", 3.0, 1.0, layer_errors=broken))))
+    odd_in_one = [make_row(f"odd {name}", 3.0, 1.0, **{name: value}) for name in fields]
+    odd_in_all = make_row("odd", 3.0, 1.0, layer_errors=broken, **dict.fromkeys(fields, value))
+    Page(render_report(make_results(*odd_in_one, *ORDINARY)))
+    Page(render_report(make_results(odd_in_all)))
 
 
 def test_a_perplexity_that_is_not_finite_is_said_and_drawn_at_the_edge():
@@ -237,6 +238,13 @@ def test_the_opening_names_the_smallest_policy_within_one_and_five_percent():
     assert "perplexity by 0.30 (0.20 to 0.40), or 1.5 %" in text
     assert "worse is beaten by policies that are no larger and do better." in text
     assert any("oracle" in sentence for sentence in read_caveats(rows))
+
+
+@pytest.mark.parametrize(("segments", "said"), [(1, "one segment only"), (4, "With 4 segments"), (20, "")])
+def test_the_caveats_say_how_sure_the_intervals_are(segments, said):
+    ends = {} if segments == 1 else {"rise_low": 0.9, "rise_high": 1.1}
+    caveats = read_caveats([Row("int4", "d", "causal", bits=4.1, rise=1.0, segments=segments, **ends)])
+    assert [said in sentence for sentence in caveats] == ([True] if said else [])
 
 
 def test_the_front_holds_what_no_other_policy_beats():

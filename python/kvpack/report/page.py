@@ -198,8 +198,9 @@ def _edge_note(rows: Sequence[Row]) -> str:
 
 def _layer_figures(rows: Sequence[Row], indices: Mapping[str, int], identifier: str) -> str:
     caption = (
-        "Relative error of the {0}s in every layer: squared distance to the exact {0}s over their squared size. Lower "
-        "is better. Layers differ in how much their errors matter, so compare policies, not layers."
+        "Relative error of the {0}s in every layer, on the first segment: squared distance to the exact {0}s over "
+        "their squared size. Lower is better. Layers differ in how much their errors matter, so compare policies, not "
+        "layers."
     )
     figures = [
         _figure(
@@ -294,10 +295,11 @@ def _joined(values: Mapping[str, Any], skip: Sequence[str] = ()) -> str:
 
 
 def _profile(profile: Mapping[str, Any]) -> str:
-    """Seconds of a profile, each rounded for the page."""
-    return _joined(
-        {name: value if (seconds := number(value)) is None else say(seconds, 2) for name, value in profile.items()}
-    )
+    """Where the time of a run went, in seconds, and kvpack's own share of it."""
+    parts = {name: number(value) for name, value in profile.items() if name != "ours_share"}
+    text = _joined({name: f"{say(value, 1)} s" for name, value in parts.items() if value is not None})
+    share = number(profile.get("ours_share"))
+    return text if share is None else f"{text}; kvpack's own share {say(100 * share, 1)}\u00a0%"
 
 
 def _terms_section() -> str:

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA = "kvpack-eval"
-VERSION = 1
+from kvpack.evaluate.results import SCHEMA, VERSION
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Row:
     rise_high: float | None = None
     kl: float | None = None
     top1: float | None = None
+    segments: int = 0
     seconds: float | None = None
     seconds_kvpack: float | None = None
     layer_errors: tuple[LayerError, ...] = field(default=())
@@ -117,6 +117,7 @@ def _read_row(entry: Mapping[str, Any]) -> Row:
         rise_high=number(entry.get("ppl_delta_high")),
         kl=number(entry.get("kl")),
         top1=number(entry.get("top1")),
+        segments=len(items(entry.get("nll"))),
         seconds=number(seconds.get("total")),
         seconds_kvpack=number(seconds.get("kvpack")),
         layer_errors=tuple(_read_layer_errors(entry.get("layer_errors"))),

@@ -6,6 +6,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
+from kvpack.evaluate.bootstrap import ROUGH_BELOW
 from kvpack.report.rows import Row, pareto_policies
 
 MISSING = "–"
@@ -125,6 +126,8 @@ def read_caveats(rows: Sequence[Row]) -> list[str]:
         sentences.append(f"Not finite, so broken on this model: {', '.join(broken)}.")
     if all(row.interval is None for row in measured):
         sentences.append("There are no intervals (one segment only), so small differences mean nothing.")
+    elif 0 < max(row.segments for row in measured) < ROUGH_BELOW:
+        sentences.append(f"With {max(row.segments for row in measured)} segments the intervals are rough.")
     if any(row.mode == "oracle" for row in measured):
         every = all(row.mode == "oracle" for row in measured)
         sentences.append(
