@@ -41,6 +41,8 @@ class Method(ABC):
 
     method_name: ClassVar[str]
     """Name in JSON, unique."""
+    refuses_nonfinite: ClassVar[bool] = False
+    """True when the native operation raises on NaN and infinity; hooks check for the others."""
 
     @property
     @abstractmethod
@@ -212,6 +214,7 @@ class UniformMethod(Method):
     """
 
     method_name: ClassVar[str] = "uniform"
+    refuses_nonfinite: ClassVar[bool] = True
     bits: int
     axis: Literal["per_channel", "per_token"]
     group: int | None = None
