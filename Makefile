@@ -32,6 +32,12 @@ BENCH_FLAGS ?=
 
 CXX_FILES = $(shell find include src tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# Always, so that a folder configured by hand gets the preset's settings; speaks up when it fails.
+define configure
+	@mkdir -p build
+	@cmake --preset $(1) $(2) >build/configure-$(1).log 2>&1 || { cat build/configure-$(1).log; exit 1; }
+endef
+
 .PHONY: help
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,19 +50,19 @@ endif
 
 .PHONY: build
 build: setup ## build preset dev: libkvpack and the C++ tests in build/dev
-	@[ -f build/dev/build.ninja ] || cmake --preset dev -DKVPACK_CUDA=$(KVPACK_CUDA)
+	$(call configure,dev,-DKVPACK_CUDA=$(KVPACK_CUDA))
 	@cmake --build --preset dev
 
 .PHONY: test
 test: build ## C++ tests, find_package from an installed copy, Python tests
-	@ctest --preset dev
+	@ctest --preset dev --parallel $$(nproc)
 	@$(IN_TREE) $(RUN_PYTHON) -m pytest $(PYTEST_FLAGS)
 
 .PHONY: test-asan
 test-asan: setup ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@[ -f build/asan/build.ninja ] || cmake --preset asan
+	$(call configure,asan)
 	@cmake --build --preset asan
-	@ctest --preset asan
+	@ctest --preset asan --parallel $$(nproc)
 
 # The installed package is as new as the newest file that goes into it.
 PACKAGE_SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake include src python -type f -not -path '*/__pycache__/*')
