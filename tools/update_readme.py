@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Puts the table of a real run into README, between `<!-- demo:begin -->` and `<!-- demo:end -->`.
+"""Puts table and picture of a real run into README, between `<!-- demo:begin -->` and `<!-- demo:end -->`.
 
-    make demo && tools/update_readme.py out/demo.json
+    make demo && .venv/bin/python tools/update_readme.py out/demo.json
 
 The table is the one that `kvpack eval` prints, made by the same function from the same document.
 """
@@ -18,21 +18,26 @@ from rich.console import Console
 
 from kvpack.evaluate.results import load_results
 from kvpack.terminal import print_results
+from make_picture import make_picture
 
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 ROOT = Path(__file__).resolve().parent.parent
+PICTURE = Path("docs/images/quality-against-bits.png")
+PICTURE_WIDTH = 460
 WIDTH = 160
 
 
 def render_section(document: dict[str, Any]) -> str:
-    """What stands between the markers: the table and its settings, and how long the run took."""
+    """What stands between the markers: the table and its settings, how long the run took, and the picture."""
     text = io.StringIO()
     print_results(Console(file=text, width=WIDTH, no_color=True, highlight=False), document)
     lines = [line.rstrip() for line in text.getvalue().strip().splitlines()]
     wall = document.get("profile", {}).get("wall")
     if wall is not None:
         lines.append(f"{wall / 60:.1f} minutes, of which kvpack itself {100 * document['profile']['ours_share']:.1f} %")
-    return "\n".join(["```text", *lines, "```"])
+    words = "Rise of perplexity against bits per element: towards the lower left is better"
+    picture = f'<img src="{PICTURE}" width="{PICTURE_WIDTH}" alt="{words}">'
+    return "\n".join(["```text", *lines, "```", "", picture])
 
 
 def replace_section(readme: str, section: str) -> str:
@@ -57,6 +62,7 @@ def main() -> int:
         document = load_results(arguments.results)
         if not document["complete"]:
             raise ValueError(f"{arguments.results} is of a run that was not finished")
+        make_picture(document, arguments.readme.parent / PICTURE)
         old = arguments.readme.read_text("utf-8")
         arguments.readme.write_text(replace_section(old, render_section(document)), "utf-8")
     except (OSError, ValueError) as error:
