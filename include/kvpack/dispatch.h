@@ -13,7 +13,7 @@ struct ImplementationInfo {
   std::string operation;  ///< "prune_magnitude", "simulate_uniform", ...
   std::string name;       ///< "reference", "scalar", "avx2", "avx512", "cuda"
   DeviceKind device = DeviceKind::kCpu;
-  std::string needs;      ///< what the machine must have, "avx2 fma f16c"; empty: nothing
+  std::string needs;       ///< what the machine must have, "avx2 fma f16c"; empty: nothing
   bool available = false;  ///< this machine has it
   bool selected = false;   ///< this one would run now
 };

@@ -25,7 +25,7 @@ TensorError compare_tensors(const TensorView& x, const TensorView& y, void* stre
 ///   top1[i] = 1 where both rows have the same (first) largest logit, else 0
 ///   Shapes    reference, logits [positions, vocabulary] f16, bf16 or f32; targets [positions] i64;
 ///             nll, kl, top1 [positions] f64, contiguous
-///   Accuracy  nll and kl within 1e-5 absolute of float64; identical rows have kl 0 exactly
+///   Accuracy  nll and kl within 1e-5 + 1e-6 * value of float64; identical rows have kl 0 exactly
 ///   Requires  0 <= targets[i] < vocabulary; vocabulary at least 1; rows contiguous
 ///   Throws    InvalidArgument with both values; Unsupported with what exists
 ///   Source    docs/numerics.md section 5

@@ -15,10 +15,10 @@ enum class PruneRule : std::int32_t {
 
 /// Parameters of magnitude pruning.
 struct PruneOptions {
-  double sparsity = 0.5;              ///< share s of the entries of a row to drop, 0 <= s < 1
+  double sparsity = 0.5;  ///< share s of the entries of a row to drop, 0 <= s < 1
   PruneRule rule = PruneRule::kExact;
-  std::int64_t head_dim = 0;          ///< channels of a head; 0: the whole row is one head
-  std::int64_t protected_tokens = 0;  ///< this many first tokens of every sequence come back unchanged
+  std::int64_t head_dim = 0;              ///< channels of a head; 0: the whole row is one head
+  std::int64_t protected_tokens = 0;      ///< this many first tokens of every sequence come back unchanged
   const float* channel_scores = nullptr;  ///< [channels] f32, multiplies |x| before ranking; may be null
 };
 

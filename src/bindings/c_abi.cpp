@@ -103,8 +103,7 @@ std::int32_t kvpack_simulate_uniform(const kvpack_tensor* x, const kvpack_tensor
     chosen.outlier_fraction = options->outlier_fraction;
     chosen.protected_tokens = options->protected_tokens;
     chosen.compat = options->compat != 0;
-    const kvpack::UniformCounts result =
-        kvpack::simulate_uniform(view_of(x, "x"), view_of(out, "out"), chosen, stream);
+    const kvpack::UniformCounts result = kvpack::simulate_uniform(view_of(x, "x"), view_of(out, "out"), chosen, stream);
     if (counts != nullptr) *counts = {result.quantized, result.vectors, result.outliers};
   });
 }

@@ -13,8 +13,7 @@ void run_tasks(std::int64_t num_tasks, void (*task)(void* context, std::int64_t 
 /// instruction set never becomes a shared inline function.
 template <typename Callable>
 void parallel_for(std::int64_t num_tasks, Callable& callable) {
-  run_tasks(
-      num_tasks, [](void* context, std::int64_t index) { (*static_cast<Callable*>(context))(index); }, &callable);
+  run_tasks(num_tasks, [](void* context, std::int64_t index) { (*static_cast<Callable*>(context))(index); }, &callable);
 }
 
 }  // namespace kvpack

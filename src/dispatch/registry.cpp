@@ -131,8 +131,8 @@ Choice choose(Operation operation, DeviceKind device) {
     if (row.name == forced) named = &row;
   }
   if (named != nullptr && !runs_here(*named)) {
-    return {nullptr, text("forced \"", forced, "\" needs ", needs_text(named->needs), "; this processor has ",
-                          cpu_features())};
+    return {nullptr,
+            text("forced \"", forced, "\" needs ", needs_text(named->needs), "; this processor has ", cpu_features())};
   }
   if (named != nullptr) return {named, text("forced by name: \"", forced, "\"")};
   if (best == nullptr) {
@@ -181,8 +181,7 @@ std::vector<ImplementationInfo> list_implementations() {
       const Implementation* chosen = choose(operation, device).row;
       for (const Implementation& row : rows_of(device)) {
         if (row.operation != operation) continue;
-        result.push_back(
-            {name_of(operation), row.name, device, needs_text(row.needs), runs_here(row), &row == chosen});
+        result.push_back({name_of(operation), row.name, device, needs_text(row.needs), runs_here(row), &row == chosen});
       }
     }
   }
@@ -198,10 +197,10 @@ std::string explain(const std::string& operation_name, DeviceKind device) {
   }
   require(operation.has_value(), "there is no operation \"", operation_name, "\"; there are ", known);
   const Choice choice = choose(*operation, device);
-  std::string lines = choice.row == nullptr
-                          ? text(operation_name, " on ", name_of_device(device), " cannot run: ", choice.reason)
-                          : text(operation_name, " on ", name_of_device(device), " runs ", choice.row->name, ": ",
-                                 choice.reason);
+  std::string lines =
+      choice.row == nullptr
+          ? text(operation_name, " on ", name_of_device(device), " cannot run: ", choice.reason)
+          : text(operation_name, " on ", name_of_device(device), " runs ", choice.row->name, ": ", choice.reason);
   for (const Implementation& row : rows_of(device)) {
     if (row.operation != *operation) continue;
     lines += text("\n  ", row.name, runs_here(row) ? ": can run" : ": cannot run, needs " + needs_text(row.needs));
@@ -216,7 +215,8 @@ void force_implementation(const std::string& name) {
             names_text(Operation::kSimulateUniform, DeviceKind::kCuda), " on cuda");
     for (const Implementation& row : cpu_rows()) {
       if (row.name == name && !runs_here(row)) {
-        throw Unsupported(text("\"", name, "\" needs ", needs_text(row.needs), "; this processor has ", cpu_features()));
+        throw Unsupported(
+            text("\"", name, "\" needs ", needs_text(row.needs), "; this processor has ", cpu_features()));
       }
     }
   }

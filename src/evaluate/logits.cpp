@@ -23,8 +23,8 @@ void require_logits(const TensorView& view, const char* name, const TensorView& 
 }
 
 void require_vector(const TensorView& view, const char* name, DType dtype, const TensorView& reference) {
-  require(view.rank == 1 && view.shape[0] == reference.shape[0], name, " has shape ", shape_text(view),
-          "; expected [", reference.shape[0], "]");
+  require(view.rank == 1 && view.shape[0] == reference.shape[0], name, " has shape ", shape_text(view), "; expected [",
+          reference.shape[0], "]");
   require(view.dtype == dtype, name, " is ", name_of(view.dtype), "; expected ", name_of(dtype));
   require(view.strides[0] == 1 || view.shape[0] <= 1, name, " has the stride ", view.strides[0], "; expected 1");
   require(view.device == reference.device, "reference and ", name, " are on different devices");

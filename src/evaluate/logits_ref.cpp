@@ -34,7 +34,8 @@ void compare_as(const CompareLogitsProblem& problem) {
     std::int64_t top = 0;
     const auto p = log_softmax(static_cast<const T*>(problem.reference) + i * problem.reference_stride,
                                problem.vocabulary, reference_top);
-    const auto q = log_softmax(static_cast<const T*>(problem.logits) + i * problem.logits_stride, problem.vocabulary, top);
+    const auto q =
+        log_softmax(static_cast<const T*>(problem.logits) + i * problem.logits_stride, problem.vocabulary, top);
     double kl = 0.0;
     for (std::size_t v = 0; v < p.size(); ++v) {
       const double probability = std::exp(p[v]);

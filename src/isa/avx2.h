@@ -35,7 +35,8 @@ inline void store(Half* target, F32 value) {
 inline void store(BFloat16* target, F32 value) {
   const __m256i word = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(word, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(word, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(0x40));
   const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
   const __m256i halves = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan));

@@ -133,8 +133,8 @@ std::int64_t prune_magnitude(const PruneProblem& problem) {
     }
     const std::int64_t first = block * kBlockTokens;
     const std::int64_t end = first + kBlockTokens < problem.tokens ? first + kBlockTokens : problem.tokens;
-    const std::int64_t survivors = with_float_type(
-        problem.dtype, [&]<typename T>() { return prune_tokens<T>(problem, first, end, ranks); });
+    const std::int64_t survivors =
+        with_float_type(problem.dtype, [&]<typename T>() { return prune_tokens<T>(problem, first, end, ranks); });
     kept.fetch_add(survivors, std::memory_order_relaxed);
   };
   parallel_for(num_blocks, prune_block);

@@ -19,8 +19,8 @@ struct UniformProblem {
   std::int64_t x_channel_stride = 1;  // 1 on the CPU: the entry packs other layouts first
   std::int64_t out_token_stride = 0;
   std::int64_t out_channel_stride = 1;
-  UniformOptions options;     // bits 16 reaches only CUDA; protected_tokens at most tokens
-  std::int64_t group = 0;     // elements of a vector that share a grid, at least 1
+  UniformOptions options;  // bits 16 reaches only CUDA; protected_tokens at most tokens
+  std::int64_t group = 0;  // elements of a vector that share a grid, at least 1
   void* stream = nullptr;
 };
 

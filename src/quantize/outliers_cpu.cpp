@@ -23,9 +23,8 @@ bool split_from_tails(Tail top, Tail bottom, std::int64_t n, const OutlierPlan& 
 
   // After selection the wanted neighbour stands at its place and the further ones before it.
   const float upper_below = select_largest(top.values, top.count, top_length);
-  const float upper_above = plan.upper.above == plan.upper.below
-                                ? upper_below
-                                : *std::min_element(top.values, top.values + (top_length - 1));
+  const float upper_above =
+      plan.upper.above == plan.upper.below ? upper_below : *std::min_element(top.values, top.values + (top_length - 1));
   split.upper = interpolate(upper_below, upper_above, plan.upper.weight);
   const float lower_above = select_smallest(bottom.values, bottom.count, bottom_length);
   const float lower_below = plan.lower.above == plan.lower.below

@@ -88,8 +88,8 @@ UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, cons
   }
   if (!outcome.all_finite) {
     if (on_cpu && !is_same_view(x, out)) require_finite(x, make_problem(x, out, options, stream), batch_index);
-    throw InvalidArgument(text("x holds a value that is not finite in float32, in sequence ", batch_index,
-                               " of shape ", shape_text(x)));
+    throw InvalidArgument(
+        text("x holds a value that is not finite in float32, in sequence ", batch_index, " of shape ", shape_text(x)));
   }
   return outcome.counts;
 }

@@ -14,7 +14,7 @@ template <typename T>
 struct Tile {
   const T* x;
   T* out;
-  std::int64_t x_stride;    // elements from token to token
+  std::int64_t x_stride;  // elements from token to token
   std::int64_t out_stride;
   std::int64_t tokens;
 };

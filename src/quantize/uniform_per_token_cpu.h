@@ -101,8 +101,7 @@ inline bool simulate_row(const T* x, T* out, std::int64_t count, const UniformOp
     split = split_row(values, count, plan, scratch);
     outliers += split.outliers;
   }
-  const UniformGrid grid =
-      make_grid(split.low, split.high, largest_code(options.bits), options.offset, options.compat);
+  const UniformGrid grid = make_grid(split.low, split.high, largest_code(options.bits), options.offset, options.compat);
   write_row<kOutliers>(x, out, count, grid, split, options);
   return true;
 }
