@@ -123,12 +123,12 @@ def _make_targets() -> frozenset[str]:
 
 
 @cache
-def _help_text(*subcommand: str) -> str:
+def _help_text(*subcommand: str) -> tuple[bool, str]:
     wide = {**os.environ, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "kvpack", *subcommand, "--help"], capture_output=True, text=True, env=wide, check=False
     )
-    return result.stdout if result.returncode == 0 else ""
+    return result.returncode == 0, result.stdout or result.stderr
 
 
 def wrong_words(command: str) -> Iterator[str]:
@@ -141,8 +141,9 @@ def wrong_words(command: str) -> Iterator[str]:
     if words[:1] != ["kvpack"]:
         return
     subcommand = [words[1]] if len(words) > 1 and not words[1].startswith("-") else []
-    if not (text := _help_text(*subcommand)):
-        yield f"`kvpack {' '.join(subcommand)}`: no such command"
+    works, text = _help_text(*subcommand)
+    if not works:
+        yield f"`kvpack {' '.join(subcommand)} --help` fails: {text.strip()[-300:]}"
         return
     options = {word.partition("=")[0] for word in words if word.startswith("--")}
     for option in sorted(options):
