@@ -88,8 +88,10 @@ demo: install ## what several ways of compressing a real model's KV cache cost; 
 	    --report out/demo.html --json out/demo.json
 
 .PHONY: bench
-bench: build ## the benches, against torch on this machine
-	@$(IN_TREE) $(RUN_PYTHON) benches/bench_simulate.py $(BENCH_FLAGS)
+bench: build ## the CPU benches, against torch in the same run; BENCH_FLAGS=--quick for a short look
+	@for bench in $(filter-out %_cuda.py,$(wildcard benches/bench_*.py)); do \
+	  $(IN_TREE) $(RUN_PYTHON) $$bench $(BENCH_FLAGS); \
+	done
 
 .PHONY: lint
 lint: setup ## formatter and linter, changing nothing

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds, tests, sanitizes and benches the CUDA side on a machine with a GPU; leaves JSON and logs in benches/results/.
+# Builds, tests, sanitizes and benches the CUDA side on a machine with a GPU; leaves JSON and logs in benches/results/
+# (each benches/bench_*_cuda.py writes its own).
 # PYTHON names the Python whose packages (torch, numpy, pytest) are used as they are; nothing is downloaded.
 # GOOGLETEST_SOURCE names a folder of GoogleTest's sources where the system has no package of it.
 set -euo pipefail
@@ -38,7 +39,10 @@ else
 fi
 
 step "benches"
-for bench in benches/bench_*.py; do
-  "$python" "$bench" --device cuda --json "$results/$(basename "$bench" .py)-$gpu.json"
+shopt -s nullglob
+ran=0
+for bench in benches/bench_*_cuda.py; do
+  "$python" "$bench"
+  ran=$((ran + 1))
 done
-step "done"
+step "done: $ran benches"
