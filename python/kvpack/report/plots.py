@@ -29,7 +29,7 @@ _LARGEST_DRAWN = 1e6
 _SMALLEST_SHARE_DRAWN = 1e-6
 _ERRORS_DRAWN = (1e-15, 1e6)
 _BITS_DRAWN = (0.01, 64.0)
-_BIT_TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)
+_BIT_TICKS = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def plot_against_bits(
     axes.set_xscale("log")
     axes.set_ylim(scale.lower, scale.upper)
     bits = [point.bits for point in points]
-    axes.set_xlim(min(bits) / 1.15, max(bits) * 1.3)
+    axes.set_xlim(min(bits) / 1.25, max(bits) * 1.3)
     axes.xaxis.set_major_locator(FixedLocator(_BIT_TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -224,7 +224,7 @@ def _draw_labels(
     sizes = [(box.width, box.height * 0.85) for box in (text.get_window_extent(renderer) for text in texts)]
     anchors = [tuple(axes.transData.transform((p.bits, p.drawn))) for p in order]
     frame = axes.bbox
-    bounds = Box(frame.x0 - 30, frame.y0, frame.x1 + 8, frame.y1)
+    bounds = Box(frame.x0, frame.y0, frame.x1 + 6, frame.y1)
     boxes = place_labels(anchors, sizes, obstacles, bounds)
     to_data = axes.transData.inverted()
     for point, text, (x, y), box in zip(order, texts, anchors, boxes, strict=True):
