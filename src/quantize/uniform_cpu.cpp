@@ -12,6 +12,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/with_type.h"
+#include "kvpack/dispatch.h"
 #include "quantize/implementations.h"
 #include "quantize/outliers_cpu.h"
 #include "quantize/uniform.h"

@@ -75,15 +75,16 @@ void run_per_token(const UniformProblem& problem, TaskTotals& totals) {
 
 template <Outliers kOutliers, typename T>
 void run_per_channel(const UniformProblem& problem, TaskTotals& totals) {
-  // 64 channels a tile: 256 bytes of float32 a token, four lines that the prefetcher and the translation buffer share.
-  constexpr std::int64_t kTileChannels = 64;
-  constexpr int kTileVectors = 64 / kLanes > 4 ? 4 : 64 / kLanes;
   const std::int64_t groups = num_token_groups(problem);
-  const std::int64_t tiles = (problem.channels + kTileChannels - 1) / kTileChannels;
-  const std::int64_t groups_per_task = 1 + kTaskElements / (problem.group * kTileChannels);
+  // One long group is shared by channels, many groups by tokens.
+  const std::int64_t threads = groups > 1 ? 1 : num_threads();
+  const std::int64_t share = ((problem.channels + threads - 1) / threads + 31) / 32 * 32;
+  const std::int64_t tile_channels = share < kMaxTileChannels ? share : kMaxTileChannels;
+  const std::int64_t tiles = (problem.channels + tile_channels - 1) / tile_channels;
+  const std::int64_t groups_per_task = 1 + kTaskElements / (problem.group * tile_channels);
   auto task = [&](std::int64_t index) {
-    const std::int64_t first = index % tiles * kTileChannels;
-    const std::int64_t end = first + kTileChannels < problem.channels ? first + kTileChannels : problem.channels;
+    const std::int64_t first = index % tiles * tile_channels;
+    const std::int64_t end = first + tile_channels < problem.channels ? first + tile_channels : problem.channels;
     const std::int64_t first_group = index / tiles * groups_per_task;
     const std::int64_t end_group = first_group + groups_per_task < groups ? first_group + groups_per_task : groups;
     UniformCounts counts;
@@ -91,10 +92,9 @@ void run_per_channel(const UniformProblem& problem, TaskTotals& totals) {
     for (std::int64_t g = first_group; g < end_group; ++g) {
       const TokenRange range = token_group(problem, g);
       if (range.first == range.end) continue;
-      const std::int64_t done =
-          simulate_channels<kOutliers, kTileVectors, T>(problem, range, first, end, counts, all_finite);
-      scalar::simulate_channels<static_cast<scalar::Outliers>(kOutliers), 1, T>(problem, range, first + done, end,
-                                                                                counts, all_finite);
+      const std::int64_t done = simulate_channels<kOutliers, T>(problem, range, first, end, counts, all_finite);
+      scalar::simulate_channels<static_cast<scalar::Outliers>(kOutliers), T>(problem, range, first + done, end, counts,
+                                                                             all_finite);
     }
     totals.add(counts, all_finite);
   };
