@@ -172,7 +172,8 @@ def view(x: Any, name: str) -> Tensor:
     else:
         raise TypeError(f"{name} must be a torch or numpy tensor, not {type(x).__name__}")
     if dtype is None:
-        raise TypeError(f"{name} has element type {x.dtype}; kvpack knows float16, bfloat16, float32, float64 and int64")
+        known = ", ".join(known.removeprefix("torch.") for known in _TORCH_DTYPES)
+        raise TypeError(f"{name} has element type {x.dtype}; kvpack knows {known}")
     if len(shape) > MAX_RANK:
         raise ValueError(f"{name} has {len(shape)} dimensions {tuple(shape)}; at most {MAX_RANK} are supported")
     if any(stride < 0 for stride in strides):

@@ -94,8 +94,8 @@ def prune_magnitude(
 
     Source: docs/numerics.md section 1; Joo et al. 2025, "Mustafar".
     """
-    out = _empty_like(x) if out is None else out
     view = _native.view(x, "x")
+    out = _empty_like(x) if out is None else out
     scores = None
     if channel_scores is not None:
         scores = _native.view(channel_scores, "channel_scores")
@@ -165,6 +165,7 @@ def simulate_uniform(
 
     Source: docs/numerics.md section 4; Hooper et al. 2024, "KVQuant".
     """
+    view = _native.view(x, "x")
     out = _empty_like(x) if out is None else out
     options = _native.UniformOptions(
         bits,
@@ -180,7 +181,7 @@ def simulate_uniform(
     counts = _native.UniformCounts()
     _native.check(
         _native.library.kvpack_simulate_uniform(
-            byref(_native.view(x, "x")),
+            byref(view),
             byref(_native.view(out, "out")),
             byref(options),
             byref(counts),
@@ -230,9 +231,7 @@ def compare_logits(reference: TensorLike, logits: TensorLike, targets: TensorLik
         buffers = [targets.new_empty(positions, dtype=_float64(targets)) for _ in range(3)]
     views = [_native.view(t, name) for t, name in ((reference, "reference"), (logits, "logits"), (targets, "targets"))]
     views += [_native.view(buffer, name) for buffer, name in zip(buffers, ("nll", "kl", "top1"), strict=True)]
-    _native.check(
-        _native.library.kvpack_compare_logits(*(byref(v) for v in views), _native.stream_of(reference))
-    )
+    _native.check(_native.library.kvpack_compare_logits(*(byref(v) for v in views), _native.stream_of(reference)))
     return LogitsComparison(*(b if isinstance(b, np.ndarray) else b.cpu().numpy() for b in buffers))
 
 
