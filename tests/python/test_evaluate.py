@@ -1,0 +1,469 @@
+"""Evaluation against a second, hand-written one in torch; resuming; every refusal before the weights are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from saved_models import MAX_POSITIONS, find_smollm2, save_tiny_model, write_words
+
+import kvpack
+from kvpack.evaluate import Request, bootstrap, evaluate, perplexity, prepare, results, run, texts
+from kvpack.evaluate.listener import Listener
+from kvpack.evaluate.perplexity import EvaluationError
+from kvpack.models import load
+from kvpack.models.hub import HubUnreachable
+
+SEQLEN, SEGMENTS = 24, 5
+
+
+class Recorder(Listener):
+    """Remembers what was said and done."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.expected = self.forwards = 0
+        self.rows: list[tuple[str, str]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def begin(self, forwards: int) -> None:
+        self.expected = forwards
+
+    def advance(self, forwards: int) -> None:
+        self.forwards += forwards
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.rows.append((row["policy"], row["dataset"]))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_words(tmp_path_factory.mktemp("texts") / "words.txt", SEQLEN * SEGMENTS + SEQLEN - 1)
+
+
+@pytest.fixture
+def request_for(model_folder: Path, words: Path):
+    def make(*policies: str, **options: Any) -> Request:
+        options = {"text_files": (str(words),), "seqlen": SEQLEN, "device": "cpu"} | options
+        return Request(options.pop("model", str(model_folder)), policies, **options)
+
+    return make
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("the weights were loaded although the request is bad")
+
+    monkeypatch.setattr(load, "load_weights", refuse)
+
+
+def measure(request: Request) -> tuple[dict[str, Any], Recorder]:
+    heard = Recorder()
+    return run(prepare(request, heard), heard), heard
+
+
+def measure_by_hand(folder: Path, text: str, policy: str | None) -> dict[str, list[float]]:
+    """The definitions of docs/numerics.md section 5, one segment and one position at a time."""
+    loaded = load.load_model(str(folder), device="cpu")
+    token_ids = loaded.tokenizer(text)["input_ids"]
+    found: dict[str, list[float]] = {"nll": [], "kl": [], "top1": []}
+    for start in range(0, len(token_ids) - SEQLEN + 1, SEQLEN):
+        tokens = torch.tensor([token_ids[start : start + SEQLEN]])
+        with torch.no_grad():
+            reference = loaded.model(input_ids=tokens).logits[0].double()
+            logits = reference
+            if policy is not None:
+                with kvpack.simulate(loaded.model, policy):
+                    logits = loaded.model(input_ids=tokens, use_cache=False).logits[0].double()
+        nll = kl = top1 = 0.0
+        for position in range(SEQLEN - 1):
+            p, q = reference[position].log_softmax(0), logits[position].log_softmax(0)
+            nll -= q[tokens[0, position + 1]].item()
+            kl += (p.exp() * (p - q)).sum().item()
+            top1 += float(reference[position].argmax() == logits[position].argmax())
+        for name, total in (("nll", nll), ("kl", kl), ("top1", top1)):
+            found[name].append(total / (SEQLEN - 1))
+    return found
+
+
+@pytest.mark.parametrize("policy", [None, "int3", "kivi-2", "mustafar-50"])
+def test_every_figure_equals_the_definition_computed_by_hand(
+    policy: str | None, model_folder: Path, words: Path, request_for
+) -> None:
+    document, _ = measure(request_for(policy or "fp16"))
+    row = results.finished_row(document, policy or "fp16", "text:words.txt")
+    expected = measure_by_hand(model_folder, words.read_text(), policy)
+    assert len(row["nll"]) == SEGMENTS
+    np.testing.assert_allclose(row["nll"], expected["nll"], atol=1e-5)
+    np.testing.assert_allclose(row["kl_per_segment"], expected["kl"], atol=1e-5)
+    np.testing.assert_allclose(row["top1_per_segment"], expected["top1"], atol=1e-12)
+    assert math.isclose(row["ppl"], math.exp(sum(expected["nll"]) / SEGMENTS), rel_tol=1e-5)
+    assert math.isclose(row["kl"], sum(row["kl_per_segment"]) / SEGMENTS, rel_tol=1e-12)
+    assert math.isclose(row["top1"], sum(row["top1_per_segment"]) / SEGMENTS, rel_tol=1e-12)
+
+
+def test_fp16_is_the_first_row_and_costs_nothing(request_for) -> None:
+    document, heard = measure(request_for("int2", "fp16", "int8", "int2"))
+    assert [row["policy"] for row in document["rows"]] == ["fp16", "int2", "int8"]
+    first = document["rows"][0]
+    assert (first["ppl_delta"], first["kl"], first["top1"], first["bits"]) == (0.0, 0.0, 1.0, 16.0)
+    assert (first["ppl_delta_low"], first["ppl_delta_high"], first["layer_errors"]) == (0.0, 0.0, [])
+    assert heard.forwards == heard.expected == 3 * SEGMENTS
+
+
+def test_bits_and_layer_errors_are_those_of_the_simulation(model_folder: Path, words: Path, request_for) -> None:
+    document, _ = measure(request_for("int4+1%+sink", limit=1))
+    row = document["rows"][1]
+    loaded = load.load_model(str(model_folder), device="cpu")
+    tokens = torch.tensor([loaded.tokenizer(words.read_text())["input_ids"][:SEQLEN]])
+    with torch.inference_mode(), kvpack.simulate(loaded.model, "int4+1%+sink", measure_errors=True) as simulation:
+        loaded.model(input_ids=tokens, use_cache=False)
+    assert row["bits"] == simulation.tally.bits_per_element
+    assert row["layer_errors"] == simulation.layer_errors
+    assert len(row["layer_errors"]) == 2 * loaded.num_layers
+    assert kvpack.Policy.from_json(row["policy_json"]) == kvpack.parse_policy("int4+1%+sink")
+
+
+def test_the_document_says_what_was_measured(words: Path, request_for) -> None:
+    document, _ = measure(request_for("int4+causal", limit=2))
+    assert document["schema"] == "kvpack-eval" and document["version"] == 1 and document["complete"]
+    assert document["datasets"] == [
+        {
+            "name": "text:words.txt",
+            "sha256": hashlib.sha256(words.read_bytes()).hexdigest(),
+            "characters": len(words.read_text()),
+            "tokens": len(words.read_text()),
+            "segments": 2,
+        }
+    ]
+    assert document["model"].items() >= {"name": "tiny", "layers": 3, "kv_heads": 2, "head_dim": 8}.items()
+    assert (document["dtype"], document["device"], document["seqlen"], document["limit"]) == ("float32", "cpu", 24, 2)
+    assert document["rows"][1]["mode"] == "causal"
+    assert document["versions"]["kvpack"] == kvpack.__version__
+    assert "simulate_uniform" in document["implementations"]
+    json.dumps(document, allow_nan=False)
+
+
+def test_reference_logits_that_do_not_fit_are_computed_again_with_the_same_result(request_for) -> None:
+    kept, heard_kept = measure(request_for("int4", "int2"))
+    one = SEQLEN * 256 * 4 * 2 / 2**30
+    again, heard_again = measure(request_for("int4", "int2", reference_memory_gib=one))
+    for row, other in zip(kept["rows"], again["rows"], strict=True):
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
+    assert heard_kept.forwards == heard_kept.expected == 3 * SEGMENTS
+    assert heard_again.forwards == heard_again.expected == 3 * SEGMENTS + 2 * (SEGMENTS - 2)
+    assert not heard_kept.notes
+    assert any("2 of 5 segments fit in memory" in note for note in heard_again.notes)
+
+
+def test_the_profile_adds_up_to_the_wall_time(request_for) -> None:
+    profile = measure(request_for("int4"))[0]["profile"]
+    parts = ("loading", "tokenizing", "model", "kvpack", "metrics", "other")
+    assert math.isclose(sum(profile[part] for part in parts), profile["wall"], abs_tol=0.01)
+    assert 0 <= profile["ours_share"] <= 1
+
+
+def test_evaluate_does_all_of_it_and_writes_both_files(
+    model_folder: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = evaluate(
+        str(model_folder),
+        ["int4"],
+        text_files=(str(words),),
+        seqlen=SEQLEN,
+        device="cpu",
+        json_path=tmp_path / "r.json",
+        report_path=tmp_path / "r.html",
+    )
+    assert results.load_results(tmp_path / "r.json") == json.loads(json.dumps(document))
+    assert "int4" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+# ---- resuming
+
+
+def test_a_finished_row_is_saved_before_the_next_one_starts_and_a_failure_keeps_it(
+    request_for, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpack.models import hooks
+
+    real = hooks.simulate
+
+    def fail_on_int2_and_second_segment(model: Any, policy: Any, **options: Any) -> Any:
+        if policy.name == "int2" and options.get("measure_errors") is False:
+            raise ValueError("layer 1 keys: NaN at [3, 4]")
+        return real(model, policy, **options)
+
+    monkeypatch.setattr(perplexity, "simulate", fail_on_int2_and_second_segment)
+    path = tmp_path / "r.json"
+    with pytest.raises(
+        EvaluationError, match=r"policy int2, dataset text:words.txt, segment 2 of 5: layer 1 keys: NaN"
+    ):
+        measure(request_for("int4", "int2", "int8", json_path=path))
+    kept = results.load_results(path)
+    assert [row["policy"] for row in kept["rows"]] == ["fp16", "int4"] and not kept["complete"]
+    monkeypatch.undo()
+    document, heard = measure(request_for("int4", "int2", "int8", json_path=path, resume=True))
+    assert heard.rows == [("int2", "text:words.txt"), ("int8", "text:words.txt")]
+    assert heard.forwards == heard.expected == 3 * SEGMENTS
+    assert document["complete"] and len(document["resumed"]) == 1
+    assert document["rows"][:2] == kept["rows"]
+    fresh, _ = measure(request_for("int4", "int2", "int8"))
+    for row, other in zip(document["rows"], fresh["rows"], strict=True):
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_a_finished_run_is_resumed_without_loading_the_weights(
+    request_for, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.json"
+    measure(request_for("int4", json_path=path))
+    monkeypatch.setattr(load, "load_weights", lambda *_, **__: pytest.fail("nothing is left to measure"))
+    document, heard = measure(request_for("int4", json_path=path, resume=True))
+    assert document["complete"] and heard.rows == []
+
+
+def test_a_policy_and_a_text_can_be_added_to_a_finished_run(request_for, words: Path, tmp_path: Path) -> None:
+    path, more = tmp_path / "r.json", write_words(tmp_path / "more.txt", 2 * SEQLEN, seed=9)
+    measure(request_for("int4", json_path=path))
+    both = (str(words), str(more))
+    document, heard = measure(request_for("int2", json_path=path, resume=True, text_files=both))
+    assert heard.rows == [
+        ("fp16", "text:more.txt"),
+        ("int2", "text:words.txt"),
+        ("int2", "text:more.txt"),
+    ]
+    assert [(row["policy"], row["dataset"]) for row in document["rows"]] == [
+        ("fp16", "text:words.txt"),
+        ("fp16", "text:more.txt"),
+        ("int2", "text:words.txt"),
+        ("int2", "text:more.txt"),
+        ("int4", "text:words.txt"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seqlen": 12}, "seqlen is 24 in the file and 12 now"),
+        ({"limit": 3}, "limit is 512 in the file and 3 now"),
+        ({"dtype": "bfloat16"}, "dtype is float32 in the file and bfloat16 now"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_resuming_with_other_settings_is_refused(
+    change: dict[str, Any], message: str, request_for, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.json"
+    plan = prepare(request_for("int4", json_path=path))
+    plan.save()
+    with pytest.raises(results.ResultsError, match=message):
+        prepare(request_for("int4", json_path=path, resume=True, **change))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_resuming_with_another_text_or_model_is_refused(request_for, model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    prepare(request_for("int4", json_path=path)).save()
+    (tmp_path / "x").mkdir()
+    other_text = write_words(tmp_path / "x" / "words.txt", SEQLEN * SEGMENTS + SEQLEN - 1, seed=2)
+    with pytest.raises(results.ResultsError, match="sha256 of text:words.txt is [0-9a-f]{64} in the file and"):
+        prepare(request_for("int4", json_path=path, resume=True, text_files=(str(other_text),)))
+    other_model = save_tiny_model(tmp_path / "tiny", seed=3)
+    with pytest.raises(results.ResultsError, match=r"model is tiny \(.*\) in the file and tiny \("):
+        prepare(request_for("int4", json_path=path, resume=True, model=str(other_model)))
+
+
+def test_starting_over_an_interrupted_run_is_said(request_for, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    document, _ = measure(request_for("int4", json_path=path))
+    results.save_results(document | {"complete": False}, path)
+    heard = Recorder()
+    prepare(request_for("int4", json_path=path), heard)
+    assert any("2 finished rows of an interrupted run" in note for note in heard.notes)
+    heard = Recorder()
+    prepare(request_for("int4", json_path=tmp_path / "new.json", resume=True), heard)
+    assert any("nothing to resume" in note for note in heard.notes)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policies": ()}, "no policy given"),
+        ({"policies": ("int5",)}, "int5"),
+        ({"policies": ("itn4",)}, "int4"),
+        ({"datasets": ("wikitext",)}, r"unknown dataset 'wikitext'; did you mean wikitext2\?"),
+        ({"text_files": ("/no/such/text",)}, "text file /no/such/text cannot be read: No such file"),
+        ({"seqlen": 1}, "seqlen is 1; it must be at least 2"),
+        ({"seqlen": MAX_POSITIONS + 1}, f"seqlen is {MAX_POSITIONS + 1}; tiny has {MAX_POSITIONS} positions"),
+        ({"limit": 0}, "limit is 0; it must be at least 1"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it is one of auto"),
+        ({"device": "tpu"}, "device is 'tpu'; it is one of auto"),
+        ({"resume": True}, "--resume needs --json FILE"),
+        ({"json_path": "/no/such/folder/r.json"}, "there is no folder /no/such/folder"),
+        ({"report_path": "/no/such/folder/r.html"}, "report /no/such/folder/r.html: there is no folder"),
+        ({"reference_memory_gib": -1.0}, "reference memory is -1.0 GiB"),
+        ({"reference_memory_gib": math.nan}, "reference memory is nan GiB"),
+        ({"model": "/no/such/model"}, "'/no/such/model' does not exist here"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_a_bad_request_is_refused_before_the_weights_are_loaded(
+    change: dict[str, Any], message: str, request_for
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(dataclasses.replace(request_for("int4"), **change))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_text_shorter_than_one_segment_is_refused(request_for, tmp_path: Path) -> None:
+    short = write_words(tmp_path / "short.txt", SEQLEN - 1)
+    with pytest.raises(texts.TextError, match="text:short.txt has 23 tokens, one segment takes 24"):
+        prepare(request_for("int4", text_files=(str(short),)))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(texts.TextError, match="text:empty.txt has 0 tokens"):
+        prepare(request_for("int4", text_files=(str(tmp_path / "empty.txt"),)))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_text_that_is_not_utf8_is_refused_with_the_offset(request_for, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(texts.TextError, match="latin.txt is not UTF-8: byte 3 is 0xe9"):
+        prepare(request_for("int4", text_files=(str(tmp_path / "latin.txt"),)))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_two_texts_of_one_name_are_refused(request_for, words: Path, tmp_path: Path) -> None:
+    other = write_words(tmp_path / "words.txt", 100)
+    with pytest.raises(ValueError, match="two text files are called words.txt"):
+        prepare(request_for("int4", text_files=(str(words), str(other))))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_results_and_report_must_be_two_files(request_for, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the same file"):
+        prepare(request_for("int4", json_path=tmp_path / "x", report_path=tmp_path / "x"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_dataset_without_the_library_or_the_hub_says_what_to_do_instead(
+    request_for, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead = r"Give --text FILE .* or --datasets pydoc"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(texts.TextError, match=f"wikitext2 needs the datasets library: .*{instead}"):
+        texts.load_text("wikitext2")
+
+    def unreachable(*_: object) -> None:
+        raise HubUnreachable("the hub cannot be reached")
+
+    def not_cached(*_: object, offline: bool) -> None:
+        assert offline
+        raise ConnectionError("not in the cache")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(texts, "require_on_hub", unreachable)
+    monkeypatch.setattr(texts, "_hub_rows", not_cached)
+    with pytest.raises(texts.TextError, match=f"c4 .* cannot be had: the hub cannot be reached. {instead}"):
+        texts.load_text("c4")
+
+
+def test_nan_in_a_model_is_found_at_once_and_its_layer_named(model_folder: Path, request_for, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][3, 5] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EvaluationError, match="segment 1 of 5: .*not finite; layer 1 keys"):
+        measure(request_for("int4", model=str(broken)))
+
+
+# ---- texts and intervals
+
+
+def test_pydoc_is_the_sorted_topics_joined_by_blank_lines() -> None:
+    from pydoc_data.topics import topics
+
+    text = texts.load_text("pydoc")
+    first, second = sorted(topics)[:2]
+    assert text.content.startswith(topics[first] + "\n\n" + topics[second])
+    assert text.sha256 == hashlib.sha256(text.content.encode()).hexdigest()
+
+
+def test_segments_do_not_overlap_and_the_tail_is_dropped() -> None:
+    cut = texts.cut_segments("t", np.arange(29), 7, 512)
+    assert cut.tolist() == [list(range(i, i + 7)) for i in (0, 7, 14, 21)]
+    assert len(texts.cut_segments("t", np.arange(28), 7, 3)) == 3
+    assert len(texts.cut_segments("t", np.arange(27), 7, 9)) == 3
+
+
+def test_hub_datasets_are_joined_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(texts, "require_on_hub", lambda kind, name: asked.append((kind, name)))
+    monkeypatch.setattr(texts, "_hub_rows", lambda source, *, offline: ["a", "", "b"])
+    assert texts.load_text("wikitext2").content == "a\n\n\n\nb"
+    assert texts.load_text("ptb").content == "a  b"
+    assert texts.load_text("c4").content == "a  b"
+    assert [name for _, name in asked] == ["Salesforce/wikitext", "ptb-text-only/ptb_text_only", "allenai/c4"]
+
+
+def test_the_interval_holds_the_difference_and_shrinks_when_segments_agree() -> None:
+    generator = np.random.default_rng(3)
+    reference = generator.normal(2.5, 0.5, 40)
+    constant = bootstrap.paired_interval(reference + 0.01, reference)
+    spread = bootstrap.paired_interval(reference + generator.normal(0.01, 0.05, 40), reference)
+    difference = bootstrap.perplexity(reference + 0.01) - bootstrap.perplexity(reference)
+    assert constant[0] < difference < constant[1]
+    assert constant[1] - constant[0] < (spread[1] - spread[0]) / 2
+    assert bootstrap.paired_interval(reference, reference) == (0.0, 0.0)
+    assert bootstrap.paired_interval(reference + 0.01, reference) == constant
+
+
+def test_the_interval_equals_a_plain_bootstrap_within_its_noise() -> None:
+    generator = np.random.default_rng(4)
+    reference = generator.normal(2.0, 0.4, 12)
+    nll = reference + generator.normal(0.05, 0.02, 12)
+    draws = [generator.integers(0, 12, 12) for _ in range(10_000)]
+    differences = [math.exp(nll[draw].mean()) - math.exp(reference[draw].mean()) for draw in draws]
+    np.testing.assert_allclose(
+        bootstrap.paired_interval(nll, reference), np.percentile(differences, [2.5, 97.5]), rtol=0.05
+    )
+
+
+def test_one_segment_has_no_interval_and_bad_shapes_are_refused() -> None:
+    assert bootstrap.paired_interval(np.array([2.0]), np.array([1.9])) is None
+    with pytest.raises(ValueError):
+        bootstrap.paired_interval(np.array([2.0, 2.1]), np.array([1.9]))
+    with pytest.raises(ValueError, match=r"shape \(0,\)"):
+        bootstrap.paired_interval(np.array([]), np.array([]))
+
+
+@pytest.mark.model
+def test_the_demo_model_is_evaluated() -> None:
+    document, _ = measure(Request(str(find_smollm2()), ("int8", "int4"), seqlen=256, limit=1, device="cpu"))
+    fp16, int8, int4 = document["rows"]
+    assert 10 < fp16["ppl"] < 40
+    assert int8["kl"] < 1e-3 < int4["kl"] < 1
+    assert int8["top1"] > 0.97
