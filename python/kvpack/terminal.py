@@ -83,7 +83,9 @@ class ProgressDisplay(Listener):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        # Stopping a bar that was never drawn prints an empty line.
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
@@ -167,7 +169,7 @@ def _settings(document: dict[str, Any], dataset: dict[str, Any]) -> str:
     where = machine["gpu"] if document["device"] == "cuda" else f"{machine['cpu']}, {machine['cores']} cores"
     return (
         f"{document['model']['name']} · {dataset['name']} (sha256 {dataset['sha256'][:12]}, {dataset['tokens']} "
-        f"tokens) · {dataset['segments']} segments of {document['seqlen']} · {document['dtype']} on {where}"
+        f"tokens) · {dataset['segments']} x {document['seqlen']} tokens · {document['dtype']} on {where}"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from kvpack import ops
 from kvpack.models.hooks import simulate
 from kvpack.models.load import LoadedModel
-from kvpack.policy import Policy
+from kvpack.policy import Policy, parse_policy
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -144,7 +144,9 @@ def score_policy(
             bits += simulation.tally.bits
             if index == 0:
                 scores.layer_errors = list(simulation.layer_errors)
-        _add_comparison(scores, reference, logits, tokens[1:], where)
+        _add_comparison(scores, reference, logits, tokens[1:])
+        if not (np.isfinite(scores.nll[-1]) and np.isfinite(scores.kl[-1])):
+            raise EvaluationError(f"{where}: {_why_not_finite(loaded, tokens)}")
     if elements:
         scores.bits = bits / elements
     scores.seconds.model += references.model_seconds - model_seconds_before
@@ -166,17 +168,20 @@ def _simulated_forward(
     return logits, simulation
 
 
-def _add_comparison(
-    scores: Scores, reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, where: str
-) -> None:
+def _add_comparison(scores: Scores, reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
     start = time.perf_counter()
     compared = ops.compare_logits(reference, logits, targets.contiguous())
     scores.nll.append(float(np.mean(compared.nll)))
     scores.kl.append(float(np.mean(compared.kl)))
     scores.top1.append(float(np.mean(compared.top1)))
     scores.seconds.metrics += time.perf_counter() - start
-    if not (np.isfinite(scores.nll[-1]) and np.isfinite(scores.kl[-1])):
-        raise EvaluationError(
-            f"{where}: the model's predictions are not finite (nll {scores.nll[-1]}, KL {scores.kl[-1]}) "
-            f"in {str(logits.dtype).removeprefix('torch.')}; --dtype float32 has the largest range"
-        )
+
+
+def _why_not_finite(loaded: LoadedModel, tokens: torch.Tensor) -> str:
+    """Finds the layer where predictions stop being numbers: quantisers refuse such keys and values, and name it."""
+    try:
+        with simulate(loaded.model, parse_policy("int8")):
+            _forward(loaded, tokens)
+    except (ValueError, NotImplementedError) as error:
+        return f"the model's predictions are not finite; {error}"
+    return f"the model's predictions are not finite in {loaded.dtype}; --dtype float32 has the largest range"

@@ -25,6 +25,7 @@ _ROW = {
     "policy": str, "dataset": str, "mode": str, "ppl": float, "kl": float, "top1": float, "bits": float,
     "nll": list, "kl_per_segment": list, "top1_per_segment": list, "seconds": dict,
 }  # fmt: skip
+_PER_SEGMENT = ("nll", "kl_per_segment", "top1_per_segment")
 _SAME_DATASET = ("sha256", "tokens", "segments")
 
 
@@ -117,8 +118,13 @@ def load_results(path: str | Path) -> dict[str, Any]:
         where = f"{path}: rows[{number}]"
         _check_fields(row, _ROW, where)
         expected = segments.get(row["dataset"])
-        if expected is None or any(len(row[key]) != expected for key in ("nll", "kl_per_segment", "top1_per_segment")):
-            raise ResultsError(f"{where} has {len(row['nll'])} segments, its dataset {row['dataset']!r} has {expected}")
+        for name in _PER_SEGMENT:
+            if len(row[name]) != expected:
+                raise ResultsError(
+                    f"{where}: {name} has {len(row[name])} segments, its dataset {row['dataset']!r} has {expected}"
+                )
+            for position, value in enumerate(row[name]):
+                _check_fields({"value": value}, {"value": float}, f"{where}: {name}[{position}]")
     return document
 
 

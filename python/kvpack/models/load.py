@@ -166,11 +166,15 @@ def _read_config(given: str, location: str, gguf_file: str | None, offline: bool
             config = AutoConfig.from_pretrained(location, **_file_arguments(gguf_file, offline))
         except Exception as error:
             # Everything goes wrong here that can be wrong with a file: a torn header, an unknown architecture.
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = _first_line(error)
             raise ModelNotFound(f"{given}: the configuration cannot be read: {reason}") from error
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ModelNotFound(f"{given} is a {config.model_type!r} model, not a causal language model")
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _file_arguments(gguf_file: str | None, offline: bool) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def load_tokenizer(files: ModelFiles) -> Any:
         try:
             return AutoTokenizer.from_pretrained(files.location, **_file_arguments(files.gguf_file, files.offline))
         except Exception as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = _first_line(error)
             raise ModelNotFound(f"{files.name}: its tokenizer cannot be loaded: {reason}") from error
 
 
@@ -234,7 +238,7 @@ def choose_device(device: str) -> Literal["cpu", "cuda"]:
         return "cpu"
     raise ValueError(
         f"device is cuda, but torch {torch.__version__} "
-        f"{'sees' if torch.cuda.is_available() else 'sees no'} CUDA device; kvpack: {ops.cuda_status()}"
+        f"{'sees' if torch.cuda.is_available() else 'sees no'} CUDA device; kvpack's CUDA side is {ops.cuda_status()}"
     )
 
 
@@ -271,8 +275,9 @@ def load_weights(files: ModelFiles, tokenizer: Any, *, dtype: str, device: str) 
             model = AutoModelForCausalLM.from_pretrained(
                 files.location, dtype=getattr(torch, dtype), **_file_arguments(files.gguf_file, files.offline)
             )
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        except Exception as error:
+            # Torn files raise whatever the library that reads them raises.
+            reason = _first_line(error)
             raise ModelNotFound(f"{files.name}: its weights cannot be loaded: {reason}") from error
     model = model.to(device).eval()
     config = model.config.get_text_config()
