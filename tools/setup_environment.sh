@@ -53,7 +53,7 @@ find_or_install_python() {
   install_packages python3 python3-venv >&2
   find_python venv && return
   fail "no Python 3.$oldest_python to 3.$newest_python with the module venv found (tried ${PYTHON:-python3 and others};" \
-    "$(python3 --version 2>&1 || true)); name one: PYTHON=/path/to/python3.12 make ..."
+    "python3 is $(python3 --version 2>&1 || true)); name one: PYTHON=/path/to/python3.12 make ..."
 }
 
 install_missing_system_packages() {
