@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvpack.models.hub import HubEntryMissing, HubUnreachable, require_on_hub
+from kvpack.models.load import quiet_libraries
 
 _INSTEAD = "Give --text FILE for a text of your own, or --datasets pydoc, which every machine has"
 
@@ -61,11 +62,12 @@ _HUB_SOURCES = {
         "WikiText-2 raw, test split, rows joined by a blank line",
         "Salesforce/wikitext", "test", "text", "\n\n", (("name", "wikitext-2-raw-v1"),),
     ),
-    # The repository holds a loading script, which datasets 4 and later do not run; the hub converted its rows.
+    # The repository holds a loading script, which datasets 4 and later do not run. The hub converted its rows; on that
+    # branch the configuration has lost its name, so the files are named instead.
     "ptb": _HubSource(
         "Penn Treebank, test split, rows joined by a space",
         "ptb-text-only/ptb_text_only", "test", "sentence", " ",
-        (("name", "penn_treebank"), ("revision", "refs/convert/parquet")),
+        (("data_files", {"test": "penn_treebank/test/*.parquet"}), ("revision", "refs/convert/parquet")),
     ),
     "c4": _HubSource(
         "C4 English, validation file 00000, first 1100 texts joined by a space",
@@ -130,7 +132,7 @@ def _pydoc_text() -> str:
 def _hub_rows(source: _HubSource, *, offline: bool) -> list[str]:
     import datasets
 
-    with _offline_datasets() if offline else contextlib.nullcontext():
+    with quiet_libraries(), _offline_datasets() if offline else contextlib.nullcontext():
         table = datasets.load_dataset(source.repository, split=source.split, **dict(source.options))
     return table[: source.rows or len(table)][source.column]
 

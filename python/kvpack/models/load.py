@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +158,7 @@ def _checked_hub_name(name: str) -> bool:
 
 
 def _read_config(given: str, location: str, gguf_file: str | None, offline: bool) -> Any:
-    with _quiet_transformers():
+    with quiet_libraries():
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         try:
@@ -207,7 +206,7 @@ def load_tokenizer(files: ModelFiles) -> Any:
     Raises:
         ModelNotFound: the model comes without one.
     """
-    with _quiet_transformers():
+    with quiet_libraries():
         from transformers import AutoTokenizer
 
         try:
@@ -267,7 +266,7 @@ def load_weights(files: ModelFiles, tokenizer: Any, *, dtype: str, device: str) 
     Raises:
         ModelNotFound: transformers cannot load it; the message is the first line of what it says.
     """
-    with _quiet_transformers():
+    with quiet_libraries():
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -321,10 +320,10 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences progress bars and advice of transformers; what matters of it arrives as an exception.
+def quiet_libraries() -> Iterator[None]:
+    """Silences progress bars and advice of transformers and datasets; what matters comes as an exception anyway.
 
-    Its GGUF reader takes a bar straight from tqdm, past transformers' own switch, so the class itself is told.
+    Some of their bars come straight from tqdm, past the libraries' own switches, so the class itself is told.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -333,9 +332,13 @@ def _quiet_transformers() -> Iterator[None]:
 
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         draw = tqdm.__init__
+
+        def draw_nothing(self: Any, *arguments: Any, **options: Any) -> None:
+            draw(self, *arguments, **{**options, "disable": True})
+
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        tqdm.__init__ = partialmethod(draw, disable=True)
+        tqdm.__init__ = draw_nothing
         try:
             yield
         finally:
