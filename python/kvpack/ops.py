@@ -96,32 +96,38 @@ def prune_magnitude(
     """
     view = _native.view(x, "x")
     out = _empty_like(x) if out is None else out
-    scores = None
-    if channel_scores is not None:
-        scores = _native.view(channel_scores, "channel_scores")
-        channels = x.shape[-1] if len(x.shape) else 0
-        if tuple(channel_scores.shape) != (channels,) or scores.dtype != 2 or scores.strides[0] != 1:
-            raise ValueError(
-                f"channel_scores is {tuple(channel_scores.shape)} {channel_scores.dtype}; "
-                f"expected contiguous ({channels},) float32"
-            )
-        if (scores.device_kind, scores.device_index) != (view.device_kind, view.device_index):
-            raise ValueError("channel_scores and x are on different devices")
+    scores = None if channel_scores is None else _address_of_scores(channel_scores, x)
     options = _native.PruneOptions(
         float(sparsity),
         _choose("rule", rule, _PRUNE_RULES),
         0,
         0 if head_dim is None else _positive("head_dim", head_dim),
         protected_tokens,
-        None if scores is None else scores.data,
+        scores,
     )
     counts = _native.PruneCounts()
     _native.check(
         _native.library.kvpack_prune_magnitude(
-            byref(view), byref(_native.view(out, "out")), byref(options), byref(counts), _native.stream_of(x)
+            view, _native.view(out, "out"), byref(options), byref(counts), _native.stream_of(x)
         )
     )
     return out, PruneCounts(counts.rows, counts.kept)
+
+
+def _address_of_scores(scores: TensorLike, x: TensorLike) -> int:
+    """Address of the scores' memory, after all checks: nothing but a pointer crosses the boundary."""
+    _native.view(scores, "channel_scores")
+    expected = tuple(x.shape[-1:])
+    is_numpy = isinstance(scores, np.ndarray)
+    contiguous = scores.flags.c_contiguous if is_numpy else scores.is_contiguous()
+    if tuple(scores.shape) != expected or "float32" not in str(scores.dtype) or not contiguous:
+        raise ValueError(
+            f"channel_scores is {tuple(scores.shape)} {scores.dtype}; expected contiguous {expected} float32"
+        )
+    devices = ["cpu" if isinstance(t, np.ndarray) else str(t.device) for t in (scores, x)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"channel_scores is on {devices[0]}, x on {devices[1]}")
+    return scores.ctypes.data if is_numpy else scores.data_ptr()
 
 
 def _positive(name: str, value: int) -> int:
@@ -181,8 +187,8 @@ def simulate_uniform(
     counts = _native.UniformCounts()
     _native.check(
         _native.library.kvpack_simulate_uniform(
-            byref(view),
-            byref(_native.view(out, "out")),
+            view,
+            _native.view(out, "out"),
             byref(options),
             byref(counts),
             _native.stream_of(x),
@@ -203,7 +209,7 @@ def compare_tensors(x: TensorLike, y: TensorLike) -> TensorError:
     error = _native.TensorError()
     _native.check(
         _native.library.kvpack_compare_tensors(
-            byref(_native.view(x, "x")), byref(_native.view(y, "y")), byref(error), _native.stream_of(x)
+            _native.view(x, "x"), _native.view(y, "y"), byref(error), _native.stream_of(x)
         )
     )
     return TensorError(error.squared_error, error.squared_norm, error.largest)
@@ -231,7 +237,7 @@ def compare_logits(reference: TensorLike, logits: TensorLike, targets: TensorLik
         buffers = [targets.new_empty(positions, dtype=_float64(targets)) for _ in range(3)]
     views = [_native.view(t, name) for t, name in ((reference, "reference"), (logits, "logits"), (targets, "targets"))]
     views += [_native.view(buffer, name) for buffer, name in zip(buffers, ("nll", "kl", "top1"), strict=True)]
-    _native.check(_native.library.kvpack_compare_logits(*(byref(v) for v in views), _native.stream_of(reference)))
+    _native.check(_native.library.kvpack_compare_logits(*views, _native.stream_of(reference)))
     return LogitsComparison(*(b if isinstance(b, np.ndarray) else b.cpu().numpy() for b in buffers))
 
 
