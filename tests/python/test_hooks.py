@@ -56,11 +56,12 @@ def test_sixteen_bits_are_bit_identical_and_install_nothing(family, policy):
     assert simulation.layer_errors == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    # Gemma2 has no sdpa attention: its scores are soft-capped.
+    [(f, i) for f in FAMILIES for i in ("eager", "sdpa") if (f, i) != ("Gemma2", "sdpa")],
+)
 def test_eight_bits_are_close_and_fewer_bits_are_further_off(family, implementation):
-    if (family, implementation) == ("Gemma2", "sdpa"):
-        pytest.skip("Gemma2 has no sdpa attention: its scores are soft-capped")
     model, ids = make_model(family, implementation), make_ids()
     expected = logits_of(model, ids)
     error = {}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_CHUNK_SCORES = 2**24
-"""Scores of one chunk of queries, 64 MiB in float32: enough rows for fast products, little beside a model."""
+_CHUNK_QUERIES = 64
+"""Queries of one chunk: 9 heads by 2048 keys are 4.5 MiB of scores, which a cache holds; larger chunks were slower."""
 _UNSUPPORTED = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -61,28 +61,24 @@ def attend_with_window(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scaling = head_dim**-0.5 if scaling is None else scaling
     out = query.new_empty(batch, tokens, q_heads, simulated[1].shape[-1])
-    rows = max(1, _CHUNK_SCORES // (batch * q_heads * tokens))
     positions = torch.arange(tokens, device=query.device)
-    for start in range(0, tokens, rows):
-        stop = min(start + rows, tokens)
+    for start in range(0, tokens, _CHUNK_QUERIES):
+        stop = min(start + _CHUNK_QUERIES, tokens)
         # [first, stop) holds every key that some query of this chunk sees dense.
         first = max(0, start + 1 - window)
         end = stop if attention_mask is None and is_causal else tokens
-        q_positions, k_positions = positions[start:stop, None], positions[None, :end]
-        recent = (k_positions > q_positions - window) & (k_positions <= q_positions)
-        recent = recent[:, first:stop]
-        q = query[:, :, start:stop]
+        q_positions = positions[start:stop, None]
+        band = positions[None, first:stop]
+        recent = (band > q_positions - window) & (band <= q_positions)
+        q = query[:, :, start:stop] * scaling
         scores = _score(q, simulated[0][:, :, :end])
         scores[..., first:stop] = torch.where(recent, _score(q, dense[0][:, :, first:stop]), scores[..., first:stop])
-        scores = scores * scaling
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        if attention_mask is None:
-            scores = _mask_causal(scores, q_positions, k_positions, sliding_window) if is_causal else scores
-        elif attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask[:, :, start:stop, :end], torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask[:, :, start:stop, :end]
+        if attention_mask is not None:
+            scores = _apply_mask(scores, attention_mask[:, :, start:stop, :end])
+        elif is_causal:
+            _hide_future(scores, start, stop, sliding_window)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         weights = torch.dropout(weights, dropout, module.training)
         weights_dense = torch.where(recent, weights[..., first:stop], 0)
@@ -117,10 +113,21 @@ def _combine(weights: torch.Tensor, value: torch.Tensor, kv_heads: int) -> torch
     return torch.matmul(weights.reshape(batch, kv_heads, -1, keys), value).reshape(batch, q_heads, rows, -1)
 
 
-def _mask_causal(
-    scores: torch.Tensor, q_positions: torch.Tensor, k_positions: torch.Tensor, sliding_window: int | None
-) -> torch.Tensor:
+def _apply_mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
+
+
+def _hide_future(scores: torch.Tensor, start: int, stop: int, sliding_window: int | None) -> None:
+    """Hides from queries start .. stop what lies after them or before their sliding window, in place.
+
+    Keys before `start` are hidden by a sliding window only, so most of the scores need not be touched without one.
+    """
+    q_positions = torch.arange(start, stop, device=scores.device)[:, None]
+    low = start if sliding_window is None else 0
+    k_positions = torch.arange(low, stop, device=scores.device)[None]
     hidden = k_positions > q_positions
     if sliding_window is not None:
         hidden = hidden | (k_positions <= q_positions - sliding_window)
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    scores[..., low:stop].masked_fill_(hidden, torch.finfo(scores.dtype).min)
