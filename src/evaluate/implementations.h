@@ -54,5 +54,9 @@ void compare_logits(const CompareLogitsProblem& problem);
 namespace avx512 {
 void compare_logits(const CompareLogitsProblem& problem);
 }
+namespace cuda {  // in libkvpack_cuda
+TensorError compare_tensors(const CompareTensorsProblem& problem);
+void compare_logits(const CompareLogitsProblem& problem);
+}  // namespace cuda
 
 }  // namespace kvpack

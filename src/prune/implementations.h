@@ -41,5 +41,8 @@ std::int64_t prune_magnitude(const PruneProblem& problem);
 namespace avx512 {
 std::int64_t prune_magnitude(const PruneProblem& problem);
 }
+namespace cuda {  // in libkvpack_cuda
+std::int64_t prune_magnitude(const PruneProblem& problem);
+}
 
 }  // namespace kvpack

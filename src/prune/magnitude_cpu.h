@@ -67,7 +67,25 @@ inline std::uint32_t lowest_set_bits(std::uint32_t mask, std::int64_t count) {
   return result;
 }
 
-/// Writes survivors with their bits and +0 elsewhere. The bits are moved as integers: a NaN keeps its payload.
+/// Copies the elements of set lanes and clears the others. Every way moves bits, so a NaN keeps its payload.
+template <typename T>
+inline void copy_survivors(const T* x, T* out, std::uint32_t lanes, std::int64_t count) {
+  if (count < kLanes || std::is_same_v<T, double>) {
+    for (std::int64_t lane = 0; lane < count; ++lane) out[lane] = ((lanes >> lane) & 1u) != 0 ? x[lane] : T{};
+  } else if constexpr (std::is_same_v<T, float>) {
+    store(out, blend(mask_from_bits(lanes), load(x), set1(0.0f)));
+  } else if constexpr (sizeof(T) == 2) {
+    // Through float a signalling NaN would become quiet; the compiler makes vector shifts and masks of this.
+    std::uint16_t words[kLanes];
+    std::memcpy(words, x, sizeof(words));
+    for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+      words[lane] = static_cast<std::uint16_t>(words[lane] & (0u - ((lanes >> lane) & 1u)));
+    }
+    std::memcpy(out, words, sizeof(words));
+  }
+}
+
+/// Writes survivors with their bits and +0 elsewhere.
 template <typename T>
 inline std::int64_t write_row(const T* x, T* out, const std::uint32_t* ranks, std::int64_t head_dim, Cut cut) {
   std::int64_t kept = 0;
@@ -84,9 +102,7 @@ inline std::int64_t write_row(const T* x, T* out, const std::uint32_t* ranks, st
     const std::int64_t count = head_dim - i < kLanes ? head_dim - i : kLanes;
     if (count < 32) lanes &= (1u << count) - 1u;  // the padding ranks of 0 reach a cut at 0
     kept += std::popcount(lanes);
-    for (std::int64_t lane = 0; lane < count; ++lane) {
-      out[i + lane] = ((lanes >> lane) & 1u) != 0 ? x[i + lane] : T{};
-    }
+    copy_survivors(x + i, out + i, lanes, count);
   }
   return kept;
 }

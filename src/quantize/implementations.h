@@ -19,8 +19,9 @@ struct UniformProblem {
   std::int64_t x_channel_stride = 1;  // 1 on the CPU: the entry packs other layouts first
   std::int64_t out_token_stride = 0;
   std::int64_t out_channel_stride = 1;
-  UniformOptions options;  // bits 16 reaches only CUDA; protected_tokens at most tokens
-  std::int64_t group = 0;  // elements of a vector that share a grid, at least 1
+  UniformOptions options;   // bits 16 reaches only CUDA; protected_tokens at most tokens
+  std::int64_t group = 0;   // elements of a vector that share a grid, at least 1
+  bool only_check = false;  // CUDA: look for values that are not finite, and write nothing
   void* stream = nullptr;
 };
 
@@ -28,6 +29,7 @@ struct UniformProblem {
 struct UniformOutcome {
   UniformCounts counts;
   bool all_finite = true;
+  std::int64_t first_bad = -1;  // CUDA: token * channels + channel of the first value that is not finite
 };
 
 using UniformFunction = UniformOutcome (*)(const UniformProblem&);
@@ -61,6 +63,9 @@ namespace avx2 {
 UniformOutcome simulate_uniform(const UniformProblem& problem);
 }
 namespace avx512 {
+UniformOutcome simulate_uniform(const UniformProblem& problem);
+}
+namespace cuda {  // in libkvpack_cuda
 UniformOutcome simulate_uniform(const UniformProblem& problem);
 }
 

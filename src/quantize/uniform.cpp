@@ -74,6 +74,14 @@ void require_finite(const TensorView& view, const UniformProblem& problem, std::
   });
 }
 
+/// Throws InvalidArgument when an implementation found a value that is not finite.
+void require_all_finite(const UniformOutcome& outcome, const TensorView& x, std::int64_t batch_index) {
+  require(outcome.all_finite || outcome.first_bad < 0, "x holds a value that is not finite in float32 at sequence ",
+          batch_index, ", token ", outcome.first_bad / x.shape[1], ", channel ", outcome.first_bad % x.shape[1]);
+  require(outcome.all_finite, "x holds a value that is not finite in float32, in sequence ", batch_index, " of shape ",
+          shape_text(x));
+}
+
 UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, const UniformOptions& options,
                                 std::int64_t batch_index, UniformFunction function, void* stream) {
   UniformOutcome outcome;
@@ -86,11 +94,10 @@ UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, cons
   } else {
     outcome = function(make_problem(x, out, options, stream));
   }
-  if (!outcome.all_finite) {
-    if (on_cpu && !is_same_view(x, out)) require_finite(x, make_problem(x, out, options, stream), batch_index);
-    throw InvalidArgument(
-        text("x holds a value that is not finite in float32, in sequence ", batch_index, " of shape ", shape_text(x)));
+  if (!outcome.all_finite && on_cpu && !is_same_view(x, out)) {
+    require_finite(x, make_problem(x, out, options, stream), batch_index);
   }
+  require_all_finite(outcome, x, batch_index);
   return outcome.counts;
 }
 
@@ -105,9 +112,16 @@ UniformCounts simulate_uniform(const TensorView& x, const TensorView& out, const
   if (x.num_elements() == 0) return counts;
   const bool in_place = is_same_view(x, out);
   const bool on_cpu = x.device.kind == DeviceKind::kCpu;
-  // In place, a bad value must be found before anything is overwritten.
-  for (std::int64_t i = 0; in_place && on_cpu && options.bits < 16 && i < num_sequences(x); ++i) {
-    require_finite(sequence(x, i), make_problem(sequence(x, i), sequence(x, i), options, stream), i);
+  // In place, a bad value must be found before anything is overwritten. The CUDA side sees to that within a sequence.
+  const bool check_first = in_place && options.bits < 16 && (on_cpu || num_sequences(x) > 1);
+  for (std::int64_t i = 0; check_first && i < num_sequences(x); ++i) {
+    UniformProblem problem = make_problem(sequence(x, i), sequence(x, i), options, stream);
+    problem.only_check = true;
+    if (on_cpu) {
+      require_finite(sequence(x, i), problem, i);
+    } else {
+      require_all_finite(function(problem), sequence(x, i), i);
+    }
   }
   for (std::int64_t i = 0; i < num_sequences(x); ++i) {
     const TensorView source = sequence(x, i);

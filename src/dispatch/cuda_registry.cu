@@ -1,0 +1,65 @@
+// The one function that libkvpack_cuda exports: its rows, and which GPUs it can use.
+#include <cuda_runtime.h>
+
+#include <array>
+#include <string>
+
+#include "core/check.h"
+#include "dispatch/cuda_library.h"
+#include "evaluate/implementations.h"
+#include "prune/implementations.h"
+#include "quantize/implementations.h"
+
+namespace kvpack {
+
+namespace {
+
+/// Naming the operation's type makes the compiler check the function against it.
+template <typename Function>
+Implementation cuda_row(Operation operation, Function function) {
+  return {operation, "cuda", DeviceKind::kCuda, 0, reinterpret_cast<AnyFunction>(function)};
+}
+
+/// What the GPUs of this machine are, and how many of them this library has code for.
+struct Devices {
+  std::int32_t usable = 0;
+  std::string text;
+};
+
+Devices find_devices() {
+  // Code is compiled for these and later ones: cmake's KVPACK_CUDA_ARCHITECTURES.
+  constexpr int kLowestMajor = 8;
+  Devices devices;
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) return {0, cudaGetErrorString(status)};
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties{};
+    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    const bool is_usable = properties.major >= kLowestMajor;
+    devices.usable += is_usable;
+    devices.text += text(devices.text.empty() ? "" : ", ", properties.name, " (compute capability ", properties.major,
+                         ".", properties.minor, is_usable ? ")" : "; 8.0 or later is needed)");
+  }
+  if (count == 0) devices.text = "the driver lists no device";
+  return devices;
+}
+
+}  // namespace
+
+}  // namespace kvpack
+
+/// See dispatch/cuda_library.h. The structure lives as long as the library.
+extern "C" __attribute__((visibility("default"))) const kvpack::CudaLibrary* kvpack_cuda_library() {
+  using namespace kvpack;
+  static const std::array rows{
+      cuda_row<PruneFunction>(Operation::kPruneMagnitude, cuda::prune_magnitude),
+      cuda_row<UniformFunction>(Operation::kSimulateUniform, cuda::simulate_uniform),
+      cuda_row<CompareTensorsFunction>(Operation::kCompareTensors, cuda::compare_tensors),
+      cuda_row<CompareLogitsFunction>(Operation::kCompareLogits, cuda::compare_logits),
+  };
+  static const Devices devices = find_devices();
+  static const CudaLibrary library{kCudaLibraryVersion, devices.usable, devices.text.c_str(), rows.data(),
+                                   static_cast<std::int64_t>(rows.size())};
+  return &library;
+}

@@ -1,0 +1,75 @@
+// What the kernels of simulated uniform quantisation share: how vectors lie in a sequence, and what is known of each.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/element.cuh"
+#include "cuda/launch.h"
+#include "cuda/ordered_key.cuh"
+#include "quantize/implementations.h"
+#include "quantize/uniform.h"
+
+namespace kvpack::cuda {
+
+using Counter = unsigned long long;  // the type that 64-bit atomics know
+
+/// A sequence and how it is cut into vectors, by value to every kernel. Tokens [first_token, end_token) are quantised,
+/// the others exact.
+///   group of 2 tokens or channels, 1 protected token   per channel          per token
+///   vectors of tokens 0 ... 4, channels 0 ... 2         -  -  -              -  -  -
+///   (the causal mode leaves token 4 exact)              0  1  2              0  0  1
+///                                                       3  4  5              2  2  3
+///                                                       3  4  5              4  4  5
+///                                                       -  -  -              6  6  7
+template <typename T>
+struct VectorPlan {
+  const T* x;  // [tokens, channels]
+  T* out;      // [tokens, channels], may be x
+  std::int64_t tokens;
+  std::int64_t channels;
+  std::int64_t x_token_stride;
+  std::int64_t x_channel_stride;
+  std::int64_t out_token_stride;
+  std::int64_t out_channel_stride;
+  std::int64_t first_token;
+  std::int64_t end_token;    // first_token where nothing is quantised
+  std::int64_t group;        // tokens (per channel) or channels (per token) of a vector
+  std::int64_t first_group;  // per channel: the group that holds first_token
+  std::int64_t num_groups;   // groups of tokens (per channel), or of channels in each token (per token)
+  std::int64_t num_vectors;
+  UniformOptions options;
+
+  /// Tokens of a per-channel group, counted from first_group: only the first can be cut by protected tokens, only the
+  /// last by the end.
+  __device__ TokenRange token_range(std::int64_t index) const {
+    const std::int64_t first = (first_group + index) * group;
+    return {max(first, first_token), min(first + group, end_token)};
+  }
+};
+
+/// A vector's grid and thresholds as the last kernel reads them: one 16-byte load.
+struct __align__(16) VectorGrid {
+  float qs;
+  float offset;
+  float upper;  // x >= upper comes back exactly
+  float lower;  // x <= lower too
+};
+
+/// What comes back to the host.
+struct Findings {
+  Counter first_bad;  // smallest token * channels + channel of a value that is not finite, or all ones
+  Counter outliers;
+};
+
+/// The value of an element that will be quantised, after a look whether it is finite.
+template <typename T>
+__device__ float checked_value(T element, std::int64_t place, Findings* findings) {
+  const float value = element_value(element);
+  if (!isfinite(value)) atomicMin(&findings->first_bad, static_cast<Counter>(place));
+  return value;
+}
+
+}  // namespace kvpack::cuda
