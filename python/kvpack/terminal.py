@@ -5,6 +5,7 @@ In a terminal there is a bar with the time left; elsewhere (a log, a pipe) plain
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from kvpack.evaluate.bootstrap import ROUGH_BELOW
 from kvpack.evaluate.listener import Listener
 
 _PLAIN_WIDTH = 120
-_COLUMNS = ("policy", "mode", "bits", "ppl", "difference", "95 % interval", "KL", "top-1")
+_NARROWEST = 80
+_COLUMNS = ("policy", "mode", "bits", "ppl", "change", "95 % interval", "KL", "top-1 %")
 _LINE_EVERY_SECONDS = 30.0
 _PARTS = {
     "loading": "loading packages, model and texts",
@@ -33,10 +35,13 @@ _PARTS = {
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console that wraps at the terminal's width, and outside a terminal at one that fits our tables."""
+    """A console as wide as the terminal; tables get a width they fit, as does what is no terminal."""
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH, no_color=True)
+        return Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH, no_color=True)
+    if not stderr and console.width < _NARROWEST:
+        # Wrapped lines can still be read; rich would cut columns off.
+        return Console(highlight=False, width=_NARROWEST)
     return console
 
 
@@ -48,10 +53,11 @@ def print_error(console: Console, message: str) -> None:
 def print_table(
     console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
 ) -> None:
-    """Prints a table whose columns in `right` are numbers; only the last column may wrap."""
+    """Prints a table whose columns in `right` are numbers, which never wrap; text does where it has to."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=column != columns[-1])
+        numbers = column in right
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
@@ -121,10 +127,9 @@ class ProgressDisplay(Listener):
         self._bar.advance(self._task, forwards)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Shows a finished row, which the final table repeats."""
+        """Leaves a line for a finished row; the table comes at the end."""
         line = f"{row['policy']} on {row['dataset']}: ppl {row['ppl']:.4f}, {row['seconds']['total']:.1f} s"
-        if not self._console.is_terminal:
-            self._line(f"{line}{self._time_left()}")
+        self._line(line if self._console.is_terminal else f"{line}{self._time_left()}")
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
@@ -152,16 +157,23 @@ def print_results(console: Console, document: dict[str, Any]) -> None:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     low, high = row["ppl_delta_low"], row["ppl_delta_high"]
+    is_reference = row["policy"] == "fp16"
     return (
         row["policy"],
         row["mode"],
         f"{row['bits']:.2f}",
         f"{row['ppl']:.4f}",
-        "" if row["policy"] == "fp16" else f"{row['ppl_delta']:+.4f}",
-        "" if row["policy"] == "fp16" or low is None else f"{low:+.4f} .. {high:+.4f}",
+        "" if is_reference else _signed(row["ppl_delta"]),
+        "" if is_reference or low is None else f"{_signed(low)} .. {_signed(high)}",
         f"{row['kl']:.5f}",
-        f"{100 * row['top1']:.2f} %",
+        f"{100 * row['top1']:.2f}",
     )
+
+
+def _signed(value: float) -> str:
+    """Three significant digits, at most four decimals: what an interval can support."""
+    digits = 4 if value == 0 else max(0, min(4, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:+.{digits}f}"
 
 
 def _settings(document: dict[str, Any], dataset: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from saved_models import save_tiny_model, write_words
+from test_results import make_document, make_row
 from typer.testing import CliRunner, Result
 
 import kvpack
@@ -101,7 +104,10 @@ def test_eval_prints_the_table_and_the_settings_and_writes_both_files(
         line = next(line for line in result.stdout.splitlines() if line.startswith(row["policy"] + " "))
         for shown in (f"{row['ppl']:.4f}", f"{row['bits']:.2f}", row["mode"], f"{row['kl']:.5f}"):
             assert shown in line
-    assert f"{document['rows'][1]['ppl_delta_low']:+.4f} .." in result.stdout
+    low, high = (document["rows"][1][f"ppl_delta_{end}"] for end in ("low", "high"))
+    shown = re.search(r"([+-][\d.]+) \.\. ([+-][\d.]+)", result.stdout)
+    assert float(shown[1]) == pytest.approx(low, rel=5e-3, abs=1e-4)
+    assert float(shown[2]) == pytest.approx(high, rel=5e-3, abs=1e-4)
     dataset = document["datasets"][0]
     settings = f"text:words.txt (sha256 {dataset['sha256'][:12]}, 100 tokens) · 3 x 32 tokens · float32 on"
     assert settings in result.stdout
@@ -110,6 +116,20 @@ def test_eval_prints_the_table_and_the_settings_and_writes_both_files(
     assert f"results: {tmp_path / 'r.json'}" in result.stdout and f"report: {tmp_path / 'r.html'}" in result.stdout
     assert "computing in float32, since this is a CPU" in result.stderr
     assert (tmp_path / "r.html").stat().st_size > 1000
+
+
+def test_a_table_loses_nothing_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = make_row("k:int4+1%+sink,v:kivi-2+sink") | {"ppl_delta_low": -1180.9891, "ppl_delta_high": 0.00012345}
+    document = make_document() | {"rows": [make_row("fp16"), row]}
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    output = io.StringIO()
+    monkeypatch.setattr("sys.stdout", output)
+    terminal.print_results(terminal.make_console(), document)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
+    assert "…" not in shown and "top-1 %" in shown and "100.00" in shown
+    assert "-1181 .. +0.0001" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_eval_of_one_segment_says_that_there_is_no_interval(model_folder: Path, words: Path) -> None:
@@ -181,10 +201,6 @@ def test_a_bug_keeps_its_traceback(model_folder: Path, words: Path, monkeypatch:
 
 
 def test_progress_in_a_terminal_is_a_bar_with_the_time_left() -> None:
-    import io
-
-    from rich.console import Console
-
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=100)
     with terminal.ProgressDisplay(console) as display:
