@@ -32,6 +32,10 @@ Devices find_devices() {
   Devices devices;
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorInsufficientDriver) {
+    return {0, text("there is no NVIDIA driver, or one that is too old for CUDA ", CUDART_VERSION / 1000, ".",
+                    CUDART_VERSION % 1000 / 10)};
+  }
   if (status != cudaSuccess) return {0, cudaGetErrorString(status)};
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties{};
