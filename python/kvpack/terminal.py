@@ -53,11 +53,12 @@ def print_error(console: Console, message: str) -> None:
 def print_table(
     console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
 ) -> None:
-    """Prints a table whose columns in `right` are numbers, which never wrap; text does where it has to."""
+    """Prints a table whose columns in `right` are numbers; where it is too wide its first and last columns wrap."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     for column in columns:
-        numbers = column in right
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+        wraps = column in (columns[0], columns[-1]) and column not in right
+        justify = "right" if column in right else "left"
+        table.add_column(column, justify=justify, no_wrap=not wraps, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
