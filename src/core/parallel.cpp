@@ -1,4 +1,5 @@
-// Parallel loops. The number of threads is one atomic; OpenMP keeps the threads.
+// Parallel loops. The number of threads is one atomic; OpenMP keeps the threads. PyTorch ships its OpenMP runtime under the
+// same name, so a process that holds both has one pool of threads, not two that fight for the cores.
 #include "core/parallel.h"
 
 #include <omp.h>
