@@ -34,7 +34,10 @@ def render_section(document: dict[str, Any]) -> str:
     lines = [line.rstrip() for line in text.getvalue().strip().splitlines()]
     wall = document.get("profile", {}).get("wall")
     if wall is not None:
-        lines.append(f"{wall / 60:.1f} minutes, of which kvpack itself {100 * document['profile']['ours_share']:.1f} %")
+        share = 100 * document["profile"]["ours_share"]
+        day = document["created"][:10]
+        python = document["versions"]["python"]
+        lines.append(f"{day}, Python {python}: {wall / 60:.1f} minutes, of which kvpack itself {share:.1f} %")
     words = "Rise of perplexity against bits per element: towards the lower left is better"
     picture = f'<img src="{PICTURE}" width="{PICTURE_WIDTH}" alt="{words}">'
     return "\n".join(["```text", *lines, "```", "", picture])
