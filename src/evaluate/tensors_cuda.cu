@@ -36,7 +36,7 @@ __device__ double exact_value(T element) {
 /// Sums of squares and the largest difference, one PartialError a block.
 ///
 /// Launch  any number of blocks of kThreads
-/// Work    thread i of the grid takes elements i, i + threads, ... in row-major order; one reduction at the end
+/// Work    block b takes tokens b, b + blocks, ..., its threads channels side by side; one reduction at the end
 /// Reads   x, y [tokens, channels] once
 /// Writes  partials [blocks]; the same grid gives the same bits in every run
 /// Needs   nothing
@@ -46,16 +46,14 @@ __global__ void __launch_bounds__(kThreads)
   const T* x = static_cast<const T*>(problem.x);
   const T* y = static_cast<const T*>(problem.y);
   PartialError error{0.0, 0.0, 0.0};
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (; i < problem.tokens * problem.channels; i += step) {
-    const std::int64_t t = i / problem.channels;
-    const std::int64_t c = i % problem.channels;
-    const double exact = exact_value(x[t * problem.x_token_stride + c * problem.x_channel_stride]);
-    const double difference = exact - exact_value(y[t * problem.y_token_stride + c * problem.y_channel_stride]);
-    error.squared_error += difference * difference;
-    error.squared_norm += exact * exact;
-    error.largest = fabs(difference) > error.largest ? fabs(difference) : error.largest;
+  for (std::int64_t t = blockIdx.x; t < problem.tokens; t += gridDim.x) {
+    for (std::int64_t c = threadIdx.x; c < problem.channels; c += kThreads) {
+      const double exact = exact_value(x[t * problem.x_token_stride + c * problem.x_channel_stride]);
+      const double difference = exact - exact_value(y[t * problem.y_token_stride + c * problem.y_channel_stride]);
+      error.squared_error += difference * difference;
+      error.squared_norm += exact * exact;
+      error.largest = fabs(difference) > error.largest ? fabs(difference) : error.largest;
+    }
   }
   error = block_reduce<kThreads>(error, [](PartialError a, PartialError b) -> PartialError {
     return {a.squared_error + b.squared_error, a.squared_norm + b.squared_norm,
@@ -70,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
 TensorError compare_tensors(const CompareTensorsProblem& problem) {
   const DeviceGuard device(problem.x, "x");
   const auto stream = static_cast<cudaStream_t>(problem.stream);
-  const std::int64_t blocks = std::min(kMostBlocks, divide_up(problem.tokens * problem.channels, kThreads));
+  const std::int64_t blocks = std::min(kMostBlocks, problem.tokens);
   DeviceBuffer<PartialError> partials(blocks, stream);
   with_float_type(problem.dtype, [&]<typename T>() {
     compare_tensors_kernel<T><<<static_cast<int>(blocks), kThreads, 0, stream>>>(problem, partials.data());

@@ -35,13 +35,17 @@ struct Cut {
 };
 
 /// The cut that keeps the rank_from_top largest ranks of a row. count(candidate) gives how many ranks are at least the
-/// candidate, the same number to every thread; no rank has a bit above the highest one of `all_bits`.
+/// candidate, the same number to every thread; all_bits is the OR of all ranks, and more bits do no harm.
 ///   ranks 5 9 1 7, want the 2nd largest: candidate 8 has 1, too few; 4 has 3, too many: bit set; 6 has 2: done
+/// A bit that no rank has stays 0 without a count: a candidate with it is reached only by ranks above the whole prefix,
+/// which are too few. That halves the work for float16, whose ranks have 13 low zeros.
 template <typename Count>
 __device__ Cut find_cut(std::uint32_t all_bits, std::int64_t rank_from_top, PruneRule rule, Count count) {
   std::uint32_t threshold = 0;
-  for (int bit = 31 - __clz(static_cast<int>(all_bits)); bit >= 0; --bit) {
-    const std::uint32_t candidate = threshold | (1u << bit);
+  while (all_bits != 0) {
+    const std::uint32_t bit = 1u << (31 - __clz(static_cast<int>(all_bits)));
+    all_bits ^= bit;
+    const std::uint32_t candidate = threshold | bit;
     const std::int64_t reached = count(candidate);
     if (reached == rank_from_top) return {candidate, 0};
     if (reached > rank_from_top) threshold = candidate;

@@ -28,7 +28,7 @@ template <typename T>
 struct VectorView {
   const T* x;
   std::int64_t stride;
-  std::uint32_t count;       // 0 behind the last channel
+  std::uint32_t count;       // 0 behind the last vector
   std::int64_t first_place;  // token * channels + channel of element 0, for messages
   std::int64_t place_stride;
   std::int64_t index;  // of its VectorGrid
@@ -152,18 +152,21 @@ __device__ void find_dense_range(const VectorView<T>& view, Worker worker, float
   __syncthreads();
 }
 
-/// Vector number `vector` of a tile: kVectors neighbouring channels of a group of tokens, or one run of channels of a token.
+/// Vector number `vector` of a tile: kVectors neighbouring channels of a group of tokens, or kVectors successive runs of
+/// channels of tokens.
 template <Axis kAxis, int kVectors, typename T>
 __device__ VectorView<T> vector_view(const VectorPlan<T>& plan, std::int64_t tile, int vector) {
   if constexpr (kAxis == Axis::kPerToken) {
-    const std::int64_t token = plan.first_token + tile / plan.num_groups;
-    const std::int64_t channel = tile % plan.num_groups * plan.group;
+    const std::int64_t index = tile * kVectors + vector;
+    const std::int64_t token = plan.first_token + index / plan.num_groups;
+    const std::int64_t channel = index % plan.num_groups * plan.group;
+    const std::int64_t count = index < plan.num_vectors ? min(plan.group, plan.channels - channel) : 0;
     return {plan.x + token * plan.x_token_stride + channel * plan.x_channel_stride,
             plan.x_channel_stride,
-            static_cast<std::uint32_t>(min(plan.group, plan.channels - channel)),
+            static_cast<std::uint32_t>(count),
             token * plan.channels + channel,
             1,
-            tile};
+            index};
   } else {
     const std::int64_t tiles_across = divide_up(plan.channels, kVectors);
     const std::int64_t group = tile / tiles_across;

@@ -195,20 +195,33 @@ void launch_ranges(const VectorPlan<T>& plan, RangeKeys* ranges, Findings* findi
   check_cuda(cudaGetLastError(), "launch the ranges of simulate_uniform");
 }
 
+/// Starts split_outliers_kernel with kVectors vectors a block, kThreads / kVectors threads each.
+template <Axis kAxis, int kVectors, int kThreads, typename T>
+void launch_split(const VectorPlan<T>& plan, VectorGrid* grids, Findings* findings, cudaStream_t stream) {
+  const bool by_channel = kAxis == Axis::kPerChannel;
+  const std::int64_t tiles =
+      by_channel ? divide_up(plan.channels, kVectors) * plan.num_groups : divide_up(plan.num_vectors, kVectors);
+  split_outliers_kernel<kAxis, kVectors, kThreads>
+      <<<grid_blocks(tiles), kThreads, 0, stream>>>(plan, tiles, grids, findings);
+  check_cuda(cudaGetLastError(), "launch the outlier split of simulate_uniform");
+}
+
+/// Chooses by the length of vectors how many share a block: groups of 32 and 64 would leave most of a block idle, and few
+/// long channels most of the GPU.
 template <typename T>
 void launch_outlier_split(const VectorPlan<T>& plan, VectorGrid* grids, Findings* findings, cudaStream_t stream) {
-  constexpr int kChannels = 16;  // 32 bytes of float16 a token, one sector; 33 KiB of shared memory
-  constexpr int kChannelThreads = 512;
-  constexpr int kTokenThreads = 256;
+  const bool is_short = plan.group <= 128;
   if (plan.options.axis == Axis::kPerToken) {
-    split_outliers_kernel<Axis::kPerToken, 1, kTokenThreads>
-        <<<grid_blocks(plan.num_vectors), kTokenThreads, 0, stream>>>(plan, plan.num_vectors, grids, findings);
+    if (is_short) {
+      launch_split<Axis::kPerToken, 8, 256>(plan, grids, findings, stream);
+    } else {
+      launch_split<Axis::kPerToken, 1, 256>(plan, grids, findings, stream);
+    }
+  } else if (is_short) {
+    launch_split<Axis::kPerChannel, 16, 256>(plan, grids, findings, stream);
   } else {
-    const std::int64_t tiles = divide_up(plan.channels, kChannels) * plan.num_groups;
-    split_outliers_kernel<Axis::kPerChannel, kChannels, kChannelThreads>
-        <<<grid_blocks(tiles), kChannelThreads, 0, stream>>>(plan, tiles, grids, findings);
+    launch_split<Axis::kPerChannel, 8, 1024>(plan, grids, findings, stream);
   }
-  check_cuda(cudaGetLastError(), "launch the outlier split of simulate_uniform");
 }
 
 template <typename T>
