@@ -39,7 +39,8 @@ def results() -> dict:
         "schema": "kvpack-eval", "version": 1, "model": {"name": "SmolLM2"}, "seqlen": 2048, "dtype": "float32",
         "device": "cpu", "machine": {"cpu": "a cpu", "cores": 2, "gpu": None}, "rows": rows,
         "datasets": [{"name": "pydoc", "sha256": "ab" * 32, "tokens": 9000, "segments": 4}],
-        "profile": {"wall": 90.0, "ours_share": 0.05},
+        "profile": {"wall": 90.0, "ours_share": 0.05}, "created": "2026-11-21T09:00:00Z",
+        "versions": {"python": "3.11.7"},
     }  # fmt: skip
 
 
@@ -79,7 +80,8 @@ def test_readme_gets_the_table_that_the_terminal_shows_between_its_markers(load,
     pytest.importorskip("matplotlib")
     tool = load("update_readme")
     section = tool.render_section(results)
-    assert "+150.0000" in section and "int4" in section and "1.5 minutes, of which kvpack itself 5.0 %" in section
+    assert "+150.0000" in section and "int4" in section and "int2" in section
+    assert "2026-11-21, Python 3.11.7: 1.5 minutes, of which kvpack itself 5.0 %" in section
     readme = f"before\n{tool.BEGIN}\nold\n{tool.END}\nafter\n"
     changed = tool.replace_section(readme, section)
     assert changed == f"before\n{tool.BEGIN}\n{section}\n{tool.END}\nafter\n"
