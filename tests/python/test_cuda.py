@@ -1,11 +1,11 @@
 """The CUDA implementations against the reference: the same bits for pruning and quantising, in any shape and layout."""
 
 import ctypes
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from cuda_tensors import PADDED, PLAIN, SEED, STRIDED, Guarded, assert_same_bits, fill, place
 
 from kvpack import _native, ops
 
@@ -15,10 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available() or not ops.cuda_status().startswith("loaded"), reason=REASON),
 ]
 
-SEED = 20261121
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-GUARD = 64
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,80 +23,6 @@ def cpu_runs_the_reference():
     ops.force_implementation("reference")
     yield
     ops.force_implementation("")
-
-
-class Layout(NamedTuple):
-    """How the elements lie: stride of the channels, elements between rows, elements before the first."""
-
-    channel_stride: int = 1
-    row_padding: int = 0
-    first: int = 0
-
-
-PLAIN = Layout()
-PADDED = Layout(1, 5, 1)
-STRIDED = Layout(3, 2, 1)
-
-
-class Guarded:
-    """A CUDA tensor [tokens, channels] whose memory starts as NaN bits, so that stray and missing writes show."""
-
-    def __init__(self, shape, dtype, layout=PLAIN):
-        tokens, channels = shape
-        row = channels * layout.channel_stride + layout.row_padding
-        self.word = WORDS[dtype.itemsize]
-        self.memory = torch.full((2 * GUARD + layout.first + tokens * row + 1,), -1, dtype=self.word, device="cuda")
-        self.outside = torch.ones_like(self.memory, dtype=torch.bool)
-        start, strides = GUARD + layout.first, (row, layout.channel_stride)
-        self.view = self.memory.view(dtype).as_strided(shape, strides, start)
-        self.outside.as_strided(shape, strides, start).fill_(False)
-
-    def guards_are_intact(self):
-        return bool((self.memory[self.outside] == -1).all())
-
-
-def fill(kind: str, tokens: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
-    """CPU tensor [tokens, channels]; every kind is there for a branch that it reaches."""
-    random = np.random.default_rng(SEED)
-    sample = random.normal(size=(tokens, channels))
-    t, c = np.arange(tokens)[:, None], np.arange(channels)[None, :]
-    values = {
-        "normal": lambda: sample * np.exp2(c % 7 - 3),
-        "constant": lambda: np.full_like(sample, -1.25),
-        "ties": lambda: np.round(sample * 2) / 2,
-        "mostly ties": lambda: np.where((t * 31 + c * 17) % 23 == 0, sample, 0.75),
-        "positive": lambda: 5 + np.abs(sample),
-        "drift": lambda: sample * 0.01 + t * 0.05 + c * 0.03,
-        "denormal": lambda: sample * 1e-39,
-        "zeros": lambda: np.where(sample > 0.5, -0.0, np.where(sample < -0.5, 0.0, sample)),
-        "huge": lambda: np.where(sample > 0, 3e38, -3e38),
-        "sink": lambda: sample + 1e4 * (t == 0),
-    }[kind]()
-    return torch.from_numpy(values).to(dtype)
-
-
-def place(x: torch.Tensor, layout=PLAIN) -> Guarded:
-    guarded = Guarded(x.shape, x.dtype, layout)
-    guarded.view.copy_(x)
-    return guarded
-
-
-def words(x: torch.Tensor) -> torch.Tensor:
-    """Bit patterns on the host, so that -0 and 0 differ and NaN equals itself."""
-    return x.contiguous().cpu().view(WORDS[x.dtype.itemsize])
-
-
-def assert_same_bits(expected, actual, what=""):
-    expected_words, actual_words = words(expected), words(actual)
-    if torch.equal(expected_words, actual_words):
-        return
-    differs = (expected_words != actual_words).nonzero()
-    at = tuple(differs[0].tolist())
-    pytest.fail(
-        f"{what}: {len(differs)} of {expected.numel()} elements differ, the first at {at} of {tuple(expected.shape)}: "
-        f"expected {expected[at].item()!r} (0x{expected_words[at].item():x}), "
-        f"got {actual[at].item()!r} (0x{actual_words[at].item():x}); seed {SEED}"
-    )
 
 
 def check_against_reference(operation, x, layout=PLAIN, **options):
@@ -118,6 +41,39 @@ def check_against_reference(operation, x, layout=PLAIN, **options):
     assert_same_bits(expected, source.view, "in place")
     assert counts == expected_counts
     assert source.guards_are_intact() and target.guards_are_intact()
+
+
+# --- registry and worked examples: the drawings in the kernels' headers ----------------------------------------------
+
+
+def test_every_operation_has_a_cuda_implementation_that_would_run():
+    rows = ops.list_implementations()
+    on_gpu = {row["operation"] for row in rows if row["device"] == "cuda" and row["name"] == "cuda" and row["selected"]}
+    assert on_gpu == {row["operation"] for row in rows}
+    assert "runs cuda" in ops.explain("simulate_uniform", "cuda")
+
+
+def test_the_two_largest_of_ranks_5_9_1_7_survive():
+    ranks = torch.tensor([[5, 9, 1, 7]], dtype=torch.int32).cuda()
+    out, counts = ops.prune_magnitude(ranks.view(torch.float32), 0.5)
+    assert out.view(torch.int32).tolist() == [[0, 9, 0, 7]] and counts == (1, 2)
+
+
+def test_groups_of_two_with_one_protected_token_are_counted_as_drawn():
+    x = fill("normal", 5, 3, torch.float32).cuda()
+    options = dict(group=2, protected_tokens=1)
+    _, by_channel = ops.simulate_uniform(x, 4, axis="per_channel", mode="causal", **options)
+    _, by_token = ops.simulate_uniform(x, 4, axis="per_token", **options)
+    assert by_channel == (9, 6, 0) and by_token == (12, 8, 0)
+
+
+def test_a_fraction_of_0_4_makes_four_of_ten_outliers():
+    x = torch.arange(10, dtype=torch.float32)[None].cuda()
+    out, counts = ops.simulate_uniform(x, 2, axis="per_token", outlier_fraction=0.4)
+    assert counts.outliers == 4
+    assert out[0, [0, 1, 8, 9]].tolist() == [0, 1, 8, 9]
+    dense = torch.tensor([2, 11 / 3, 11 / 3, 16 / 3, 16 / 3, 7])  # a grid of four values over 2 ... 7
+    torch.testing.assert_close(out[0, 2:8].cpu(), dense)
 
 
 # --- prune_magnitude -------------------------------------------------------------------------------------------------
