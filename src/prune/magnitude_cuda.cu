@@ -38,7 +38,7 @@ struct Cut {
 /// candidate, the same number to every thread; all_bits is the OR of all ranks, and more bits do no harm.
 ///   ranks 5 9 1 7, want the 2nd largest: candidate 8 has 1, too few; 4 has 3, too many: bit set; 6 has 2: done
 /// A bit that no rank has stays 0 without a count: a candidate with it is reached only by ranks above the whole prefix,
-/// which are too few. That halves the work for float16, whose ranks have 13 low zeros.
+/// which are too few. Rows that end in a tie go down to the last bit; float16 ranks have 13 low zeros to skip.
 template <typename Count>
 __device__ Cut find_cut(std::uint32_t all_bits, std::int64_t rank_from_top, PruneRule rule, Count count) {
   std::uint32_t threshold = 0;
