@@ -15,7 +15,7 @@ struct TensorError {
 };
 
 /// Compares y with the exact x, in float64.
-///   Shapes    x, y [tokens, channels] or [batch, tokens, channels], same shape, type and device (CPU)
+///   Shapes    x, y [tokens, channels] or [batch, tokens, channels], same shape, type and device
 ///   Throws    InvalidArgument with both values; Unsupported with what exists
 TensorError compare_tensors(const TensorView& x, const TensorView& y, void* stream = nullptr);
 

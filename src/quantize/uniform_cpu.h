@@ -6,15 +6,43 @@ namespace {
 
 enum class Outliers { kNone, kKept };
 
+/// How (code + offset) / qs is computed; both ways round once, so they give the same bits.
+enum class Quotient { kDivision, kReciprocal };
+
+/// One register of grids, for simulate_lanes().
+struct GridLanes {
+  F32 qs;
+  F32 offset;
+  F32 inverse;  // 1 / qs, read only with Quotient::kReciprocal
+};
+
+/// True when a / qs may be computed from 1 / qs: far from underflow and overflow in every step of divide_exactly().
+inline bool suits_reciprocal(float qs, float offset) {
+  const float magnitude = std::fabs(offset);
+  return qs == 0.0f ||
+         (qs >= 0x1p-40f && qs <= 0x1p40f && (magnitude == 0.0f || magnitude >= 0x1p-60f) && magnitude <= 0x1p60f);
+}
+
+/// a / b rounded to nearest, without the divider, which takes 10 cycles a register and was half the time. With
+/// y = RN(1/b), a*y is within 2 units in the last place, one correction makes it faithful, and from a faithful quotient
+/// the next is the correctly rounded one (Markstein's theorem; Handbook of Floating-Point Arithmetic, section 4.7).
+inline F32 divide_exactly(F32 a, F32 b, F32 y) {
+  const F32 minus_b = sub(set1(0.0f), b);
+  F32 quotient = mul(a, y);
+  quotient = fma(fma(minus_b, quotient, a), y, quotient);
+  return fma(fma(minus_b, quotient, a), y, quotient);
+}
+
 /// Quantises and dequantises one register. The lines are those of simulate_value() in quantize/uniform.h; lanes with a
 /// degenerate grid (qs 0) give the value back, or 0 where `keeps_degenerate` is clear.
-template <Outliers kOutliers>
-inline F32 simulate_lanes(F32 x, F32 qs, F32 offset, F32 upper, F32 lower, F32 levels, Mask keeps_degenerate) {
+template <Outliers kOutliers, Quotient kQuotient>
+inline F32 simulate_lanes(F32 x, const GridLanes& grid, F32 upper, F32 lower, F32 levels, Mask keeps_degenerate) {
   const F32 zero = set1(0.0f);
-  const F32 rounded = round_even(sub(mul(x, qs), offset));
-  const F32 code = min(max(rounded, zero), levels);
-  const F32 value = div(add(code, offset), qs);
-  F32 result = blend(eq(qs, zero), blend(keeps_degenerate, x, zero), value);
+  const F32 rounded = round_even(sub(mul(x, grid.qs), grid.offset));
+  const F32 shifted = add(min(max(rounded, zero), levels), grid.offset);
+  const F32 value =
+      kQuotient == Quotient::kReciprocal ? divide_exactly(shifted, grid.qs, grid.inverse) : div(shifted, grid.qs);
+  F32 result = blend(eq(grid.qs, zero), blend(keeps_degenerate, x, zero), value);
   if constexpr (kOutliers == Outliers::kKept) result = blend(either(ge(x, upper), le(x, lower)), x, result);
   return result;
 }
@@ -76,6 +104,16 @@ void run_per_token(const UniformProblem& problem, TaskTotals& totals) {
 template <Outliers kOutliers, typename T>
 void run_per_channel(const UniformProblem& problem, TaskTotals& totals) {
   const std::int64_t groups = num_token_groups(problem);
+  if (kOutliers == Outliers::kNone && groups == 1 && problem.tokens * problem.channels > kTaskElements) {
+    UniformCounts counts;
+    bool all_finite = true;
+    const TokenRange range = token_group(problem, 0);
+    const std::int64_t done = simulate_long_group<T>(problem, range, counts, all_finite);
+    if (range.first < range.end)
+      scalar::simulate_channels<scalar::Outliers::kNone, T>(problem, range, done, problem.channels, counts, all_finite);
+    totals.add(counts, all_finite);
+    return;
+  }
   // One long group is shared by channels, many groups by tokens.
   const std::int64_t threads = groups > 1 ? 1 : num_threads();
   const std::int64_t share = ((problem.channels + threads - 1) / threads + 31) / 32 * 32;

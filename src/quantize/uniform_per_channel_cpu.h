@@ -1,6 +1,6 @@
 // Per channel: a task takes a tile of channels and sweeps its tokens. One lane owns one channel, so statistics need no
 // shuffles. Rows of a tile are long, and a sweep goes through them a few rows at a time, so that memory is read almost
-// in order: narrow tiles of a power-of-two stride fall into few cache sets (measured by benches/bench_quantizers.py:
+// in order: narrow tiles of a power-of-two stride fall into few cache sets (benches/bench_quantizers.py:
 // 64 channels a tile reach 39 % of the copy rate at [2048, 1024], 512 reach more than 60 %).
 //
 //   channels ->  c0 .. c31 | c32 .. c63 | ...
@@ -28,12 +28,13 @@ struct Tile {
   std::int64_t channels;
 };
 
-/// Per-channel parameters of a tile.
+/// Per-channel parameters of a tile, [channels] each; the last two are read only where outliers are kept.
 struct TileParams {
-  float qs[kMaxTileChannels];
-  float offset[kMaxTileChannels];
-  float upper[kMaxTileChannels];
-  float lower[kMaxTileChannels];
+  const float* qs;
+  const float* offset;
+  const float* inverse;  // 1 / qs, 0 for a degenerate grid
+  const float* upper;
+  const float* lower;
 };
 
 /// Widens lows and highs [channels] by tokens [first, end). Returns the lanes that met a value that is not finite.
@@ -181,29 +182,54 @@ inline void write_tile_elements(const Tile<double>& tile, const TileParams& para
     const double* x = tile.x + t * tile.x_stride;
     double* out = tile.out + t * tile.out_stride;
     for (std::int64_t c = 0; c < tile.channels; ++c) {
-      out[c] = simulate_element<kOutliers>(x[c], UniformGrid{params.qs[c], params.offset[c]}, params.upper[c],
-                                           params.lower[c], options);
+      const float upper = kOutliers == Outliers::kKept ? params.upper[c] : 0.0f;
+      const float lower = kOutliers == Outliers::kKept ? params.lower[c] : 0.0f;
+      out[c] = simulate_element<kOutliers>(x[c], UniformGrid{params.qs[c], params.offset[c]}, upper, lower, options);
     }
   }
 }
 
-/// Sweep 3: quantises, dequantises and writes a tile.
-template <Outliers kOutliers, int kWidth, typename T>
+/// Sweep 3: quantises, dequantises and writes a tile, whole rows one after another. Going down a few rows first, as the
+/// sweeps before do, is slower here: rows of 4 KiB make every load wait for the store before it, whose address differs
+/// in the upper bits only.
+template <Outliers kOutliers, Quotient kQuotient, typename T>
 inline void write_tile(const Tile<T>& tile, const TileParams& params, const UniformOptions& options) {
   const F32 levels = set1(largest_code(options.bits));
   const Mask keeps = keeps_degenerate(options);
-  for (std::int64_t block = 0; block < tile.tokens; block += kRows) {
-    const std::int64_t block_end = block + kRows < tile.tokens ? block + kRows : tile.tokens;
+  const T* x = tile.x;
+  T* out = tile.out;
+  for (std::int64_t t = 0; t < tile.tokens; ++t, x += tile.x_stride, out += tile.out_stride) {
     for (std::int64_t c = 0; c < tile.channels; c += kLanes) {
-      const F32 qs = load(params.qs + c);
-      const F32 offset = load(params.offset + c);
-      const F32 upper = load(params.upper + c);
-      const F32 lower = load(params.lower + c);
-      const T* x = tile.x + block * tile.x_stride + c;
-      T* out = tile.out + block * tile.out_stride + c;
-      for (std::int64_t t = block; t < block_end; ++t, x += tile.x_stride, out += tile.out_stride) {
-        store(out, simulate_lanes<kOutliers>(load(x), qs, offset, upper, lower, levels, keeps));
-      }
+      const GridLanes grid{load(params.qs + c), load(params.offset + c), load(params.inverse + c)};
+      const F32 upper = kOutliers == Outliers::kKept ? load(params.upper + c) : grid.qs;
+      const F32 lower = kOutliers == Outliers::kKept ? load(params.lower + c) : grid.qs;
+      store(out + c, simulate_lanes<kOutliers, kQuotient>(load(x + c), grid, upper, lower, levels, keeps));
+    }
+  }
+}
+
+/// Turns ranges into grids in place: low becomes qs, high becomes the offset; writes the reciprocals.
+inline void make_grids(float* low, float* high, float* inverse, std::int64_t channels, const UniformOptions& options) {
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const UniformGrid grid = make_grid(low[c], high[c], largest_code(options.bits), options.offset, options.compat);
+    low[c] = grid.qs;
+    high[c] = grid.offset;
+    inverse[c] = grid.qs == 0.0f ? 0.0f : 1.0f / grid.qs;
+  }
+}
+
+/// Sweep 3 of any type.
+template <Outliers kOutliers, typename T>
+inline void write(const Tile<T>& tile, const TileParams& params, const UniformOptions& options) {
+  if constexpr (std::is_same_v<T, double>) {
+    write_tile_elements<kOutliers>(tile, params, options);
+  } else {
+    bool all_suit = true;
+    for (std::int64_t c = 0; c < tile.channels; ++c) all_suit &= suits_reciprocal(params.qs[c], params.offset[c]);
+    if (all_suit) {
+      write_tile<kOutliers, Quotient::kReciprocal>(tile, params, options);
+    } else {
+      write_tile<kOutliers, Quotient::kDivision>(tile, params, options);
     }
   }
 }
@@ -211,9 +237,11 @@ inline void write_tile(const Tile<T>& tile, const TileParams& params, const Unif
 /// All sweeps over one tile. Returns false, and writes nothing, when a value is not finite.
 template <Outliers kOutliers, int kWidth, typename T>
 bool simulate_tile(const Tile<T>& tile, const UniformOptions& options, UniformCounts& counts) {
-  TileParams params;
   float low[kMaxTileChannels];
   float high[kMaxTileChannels];
+  float inverse[kMaxTileChannels];
+  float upper[kMaxTileChannels];
+  float lower[kMaxTileChannels];
   if constexpr (kOutliers == Outliers::kKept) {
     OutlierSplit splits[kMaxTileChannels];
     const OutlierPlan plan = make_outlier_plan(options.outlier_fraction, tile.tokens);
@@ -221,26 +249,72 @@ bool simulate_tile(const Tile<T>& tile, const UniformOptions& options, UniformCo
     for (std::int64_t c = 0; c < tile.channels; ++c) {
       low[c] = splits[c].low;
       high[c] = splits[c].high;
-      params.upper[c] = splits[c].upper;
-      params.lower[c] = splits[c].lower;
+      upper[c] = splits[c].upper;
+      lower[c] = splits[c].lower;
       counts.outliers += splits[c].outliers;
     }
   } else if (!find_extremes<kWidth>(tile, 1, low, high)) {
     return false;
   }
-  for (std::int64_t c = 0; c < tile.channels; ++c) {
-    const UniformGrid grid = make_grid(low[c], high[c], largest_code(options.bits), options.offset, options.compat);
-    params.qs[c] = grid.qs;
-    params.offset[c] = grid.offset;
-  }
-  if constexpr (std::is_same_v<T, double>) {
-    write_tile_elements<kOutliers>(tile, params, options);
-  } else {
-    write_tile<kOutliers, kWidth>(tile, params, options);
-  }
+  make_grids(low, high, inverse, tile.channels, options);
+  write<kOutliers>(tile, TileParams{low, high, inverse, upper, lower}, options);
   counts.vectors += tile.channels;
   counts.quantized += tile.channels * tile.tokens;
   return true;
+}
+
+/// Rows [first, end) of a tile.
+template <typename T>
+inline Tile<T> rows_of(const Tile<T>& tile, std::int64_t first, std::int64_t end) {
+  Tile<T> rows = tile;
+  rows.x += first * tile.x_stride;
+  rows.out += first * tile.out_stride;
+  rows.tokens = (end < tile.tokens ? end : tile.tokens) - first;
+  return rows;
+}
+
+/// One long group without outliers: threads share it by tokens, in two steps, so that each reads whole rows in order.
+/// By channels, 2048 tokens of 1024 channels took 0.72 ms on two cores, half of it waiting for memory
+/// (benches/bench_quantizers.py). Returns how many channels it did; the rest do not fill a register.
+template <typename T>
+std::int64_t simulate_long_group(const UniformProblem& problem, TokenRange range, UniformCounts& counts,
+                                 bool& all_finite) {
+  const std::int64_t channels = problem.channels / kLanes * kLanes;
+  if (channels == 0 || range.first == range.end) return channels;
+  const Tile<T> tile{static_cast<const T*>(problem.x) + range.first * problem.x_token_stride,
+                     static_cast<T*>(problem.out) + range.first * problem.out_token_stride,
+                     problem.x_token_stride,
+                     problem.out_token_stride,
+                     range.end - range.first,
+                     channels};
+  const std::int64_t chunk = (tile.tokens / num_threads() / kRows + 1) * kRows;
+  const std::int64_t chunks = (tile.tokens + chunk - 1) / chunk;
+  float* lows = thread_scratch((2 * chunks + 1) * channels);
+  float* highs = lows + chunks * channels;
+  float* inverse = highs + chunks * channels;
+  std::atomic<bool> finite{true};
+  auto find_ranges = [&](std::int64_t i) {
+    const Tile<T> rows = rows_of(tile, i * chunk, (i + 1) * chunk);
+    if (!find_extremes<1>(rows, 1, lows + i * channels, highs + i * channels)) finite.store(false);
+  };
+  parallel_for(chunks, find_ranges);
+  all_finite = finite.load();
+  if (!all_finite) return channels;
+  for (std::int64_t i = 1; i < chunks; ++i) {
+    for (std::int64_t c = 0; c < channels; c += kLanes) {
+      store(lows + c, min(load(lows + i * channels + c), load(lows + c)));
+      store(highs + c, max(load(highs + i * channels + c), load(highs + c)));
+    }
+  }
+  make_grids(lows, highs, inverse, channels, problem.options);
+  auto write_rows = [&](std::int64_t i) {
+    write<Outliers::kNone>(rows_of(tile, i * chunk, (i + 1) * chunk),
+                           TileParams{lows, highs, inverse, nullptr, nullptr}, problem.options);
+  };
+  parallel_for(chunks, write_rows);
+  counts.vectors += channels;
+  counts.quantized += channels * tile.tokens;
+  return channels;
 }
 
 /// Channels [first, end), at most kMaxTileChannels, of one group of tokens: in pairs of registers, then single ones.

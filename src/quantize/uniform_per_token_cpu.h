@@ -72,17 +72,30 @@ inline OutlierSplit split_row(const float* values, std::int64_t count, const Out
   return split_by_selection(scratch, count, plan);
 }
 
+/// Writes the whole registers of a vector; returns how many elements that were.
+template <Outliers kOutliers, Quotient kQuotient, typename T>
+inline std::int64_t write_registers(const T* x, T* out, std::int64_t count, UniformGrid grid, const OutlierSplit& split,
+                                    const UniformOptions& options) {
+  const GridLanes lanes{set1(grid.qs), set1(grid.offset), set1(grid.qs == 0.0f ? 0.0f : 1.0f / grid.qs)};
+  const F32 upper = set1(split.upper);
+  const F32 lower = set1(split.lower);
+  const F32 levels = set1(largest_code(options.bits));
+  const Mask keeps = keeps_degenerate(options);
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store(out + i, simulate_lanes<kOutliers, kQuotient>(load(x + i), lanes, upper, lower, levels, keeps));
+  }
+  return i;
+}
+
 template <Outliers kOutliers, typename T>
 inline void write_row(const T* x, T* out, std::int64_t count, UniformGrid grid, const OutlierSplit& split,
                       const UniformOptions& options) {
   std::int64_t i = 0;
   if constexpr (!std::is_same_v<T, double>) {
-    const F32 levels = set1(largest_code(options.bits));
-    const Mask keeps = keeps_degenerate(options);
-    for (; i + kLanes <= count; i += kLanes) {
-      store(out + i, simulate_lanes<kOutliers>(load(x + i), set1(grid.qs), set1(grid.offset), set1(split.upper),
-                                               set1(split.lower), levels, keeps));
-    }
+    i = suits_reciprocal(grid.qs, grid.offset)
+            ? write_registers<kOutliers, Quotient::kReciprocal>(x, out, count, grid, split, options)
+            : write_registers<kOutliers, Quotient::kDivision>(x, out, count, grid, split, options);
   }
   for (; i < count; ++i) out[i] = simulate_element<kOutliers>(x[i], grid, split.upper, split.lower, options);
 }

@@ -1,0 +1,116 @@
+"""The CUDA implementations beside a device copy and straightforward torch code, in one run.
+
+Each case is checked against the reference implementation before it is timed with CUDA events; times include the call
+from Python and, where an operation returns counts, its synchronisation.
+
+    python benches/bench_quantizers_cuda.py [--no-write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bench_quantizers import torch_uniform
+from common import write_results
+
+from kvpack import ops
+
+SHAPES = ((2048, 1024), (32768, 1024))
+ROUNDS = 30
+
+
+def time_on_gpu(function: Callable[[], Any]) -> list[float]:
+    """Seconds of each of ROUNDS calls, between CUDA events, after three that do not count."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times
+
+
+def cases(x: torch.Tensor, out: torch.Tensor) -> dict[str, Callable[..., Any]]:
+    """Operations by name, each a function of (x, out)."""
+    found: dict[str, Callable[..., Any]] = {
+        "prune_magnitude/70 %": lambda x, out: ops.prune_magnitude(x, 0.7, head_dim=128, out=out)
+    }
+    for axis in ("per_channel", "per_token"):
+        for fraction in (0.0, 0.01):
+            found[f"simulate_uniform/int4/{axis}/{fraction:.0%} outliers"] = (
+                lambda x, out, axis=axis, fraction=fraction: ops.simulate_uniform(
+                    x, 4, axis=axis, outlier_fraction=fraction, out=out
+                )
+            )
+    return found
+
+
+def check(name: str, function: Callable[..., Any], x: torch.Tensor, out: torch.Tensor) -> None:
+    """Compares the GPU's result with the reference on the host, bit for bit."""
+    function(x, out)
+    host = x.cpu()
+    expected = torch.empty_like(host)
+    ops.force_implementation("reference")
+    function(host, expected)
+    ops.force_implementation("")
+    if not torch.equal(expected, out.cpu()):
+        raise SystemExit(f"{name}: {(expected != out.cpu()).sum()} elements differ from the reference")
+
+
+def torch_way(name: str, x: torch.Tensor, out: torch.Tensor) -> Callable[[], Any] | None:
+    """The same in torch, where it is written down; None for pruning, whose ties torch breaks otherwise."""
+    if not name.startswith("simulate_uniform"):
+        return None
+    dim = 0 if "per_channel" in name else 1
+    return lambda: torch_uniform(x, dim, 0.01 if "1% outliers" in name else 0.0, out)
+
+
+def main() -> None:
+    """Runs the cases, prints a line each, writes benches/results/quantizers_cuda.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    for shape in SHAPES:
+        x = (torch.randn(shape) * torch.exp(torch.randn(shape[1]))).half().cuda()
+        out, other = torch.empty_like(x), torch.empty_like(x)
+        gigabytes = x.numel() * x.element_size() / 1e9
+        copy = statistics.median(time_on_gpu(lambda x=x, other=other: other.copy_(x)))
+        for name, function in cases(x, out).items():
+            check(name, function, x, out)
+            times = time_on_gpu(lambda f=function, x=x, out=out: f(x, out))
+            median = statistics.median(times)
+            in_torch = torch_way(name, x.float(), torch.empty_like(x, dtype=torch.float32))
+            ratio = None if in_torch is None else statistics.median(time_on_gpu(in_torch)) / median
+            rows.append(
+                {
+                    "case": f"{name}/{list(shape)} float16",
+                    "us": median * 1e6,
+                    "range_us": [min(times) * 1e6, max(times) * 1e6],
+                    "gb_per_s": 2 * gigabytes / median,
+                    "times_copy": median / copy,
+                    "times_torch": ratio,
+                }
+            )
+            versus = "" if ratio is None else f" {ratio:6.1f} times torch (float32)"
+            print(
+                f"{rows[-1]['case']:70} {median * 1e6:8.1f} us ({min(times) * 1e6:.1f} to {max(times) * 1e6:.1f})"
+                f" {2 * gigabytes / median:7.1f} GB/s {median / copy:5.1f} copies{versus}",
+                flush=True,
+            )
+    if not arguments.no_write:
+        print("written to", write_results("quantizers_cuda", " ".join(["python", *sys.argv]), rows))
+
+
+if __name__ == "__main__":
+    main()
