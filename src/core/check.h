@@ -1,20 +1,37 @@
 // Argument checks whose messages show both values, and the text helpers for them.
 #pragma once
 
-#include <sstream>
+#include <cstdio>
 #include <string>
+#include <string_view>
+#include <type_traits>
 
 #include "kvpack/error.h"
 #include "kvpack/tensor.h"
 
 namespace kvpack {
 
+/// Appends one value as text: whole numbers in full, floating point with six significant digits. No streams: a process
+/// may hold a second copy of the C++ library (a plug-in that links it statically), whose locales streams would touch.
+template <typename Part>
+void append_text(std::string& target, const Part& part) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char digits[32];
+    const int length = std::snprintf(digits, sizeof(digits), "%g", static_cast<double>(part));
+    target.append(digits, static_cast<std::size_t>(length));
+  } else if constexpr (std::is_integral_v<Part> && !std::is_same_v<Part, bool>) {
+    target += std::to_string(part);
+  } else {
+    target += std::string_view(part);
+  }
+}
+
 /// Joins its arguments into one text.
 template <typename... Parts>
 std::string text(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
+  std::string result;
+  (append_text(result, parts), ...);
+  return result;
 }
 
 /// Throws InvalidArgument with the joined text when `condition` does not hold.
