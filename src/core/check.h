@@ -11,13 +11,16 @@
 
 namespace kvpack {
 
-/// Appends one value as text: whole numbers in full, floating point with six significant digits. No streams: a process
+/// Appends one value as text: whole numbers in full, floating point with six significant digits, addresses. No streams: a process
 /// may hold a second copy of the C++ library (a plug-in that links it statically), whose locales streams would touch.
 template <typename Part>
 void append_text(std::string& target, const Part& part) {
+  [[maybe_unused]] char digits[32];
   if constexpr (std::is_floating_point_v<Part>) {
-    char digits[32];
     const int length = std::snprintf(digits, sizeof(digits), "%g", static_cast<double>(part));
+    target.append(digits, static_cast<std::size_t>(length));
+  } else if constexpr (std::is_same_v<Part, void*> || std::is_same_v<Part, const void*>) {
+    const int length = std::snprintf(digits, sizeof(digits), "%p", part);
     target.append(digits, static_cast<std::size_t>(length));
   } else if constexpr (std::is_integral_v<Part> && !std::is_same_v<Part, bool>) {
     target += std::to_string(part);
