@@ -52,8 +52,17 @@ def memory_bytes() -> int:
         return 0
 
 
-def available_memory_bytes() -> int:
-    """Memory that can be had without swapping, within this process's control group; half of all where unknown."""
+def available_memory_bytes(device: str = "cpu") -> int:
+    """Memory of a device that can be had.
+
+    Args:
+        device: "cpu" or a CUDA device. On the CPU without swapping, within this process's control group; half of all
+            where unknown.
+    """
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
     available = memory_bytes() // 2
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:

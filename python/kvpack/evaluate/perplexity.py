@@ -81,7 +81,8 @@ def _forward(loaded: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
 class ReferenceLogits:
     """Logits of the uncompressed model, kept exactly as long as they fit and computed anew where they do not.
 
-    Never rounded to save memory: KL of a good policy is smaller than what a rounded reference would add.
+    Never rounded to save memory: KL of a good policy is smaller than what a rounded reference would add. They stay on
+    the model's device: bringing them back from the host took a third of an evaluation on an H200.
     """
 
     def __init__(self, loaded: LoadedModel, budget_bytes: int) -> None:
@@ -95,7 +96,7 @@ class ReferenceLogits:
         """Logits [seqlen - 1, vocabulary] on the model's device; tokens int64 [seqlen] lie there too."""
         kept = self._kept.get((dataset, segment))
         if kept is not None:
-            return kept.to(tokens.device)
+            return kept
         start = time.perf_counter()
         logits = _forward(self._loaded, tokens)
         self.model_seconds += time.perf_counter() - start
@@ -103,7 +104,7 @@ class ReferenceLogits:
         bytes_needed = logits.untyped_storage().nbytes()
         if bytes_needed <= self._free_bytes:
             self._free_bytes -= bytes_needed
-            self._kept[(dataset, segment)] = logits.cpu()
+            self._kept[(dataset, segment)] = logits
         return logits
 
 

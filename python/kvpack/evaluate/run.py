@@ -71,7 +71,7 @@ def _measure(plan: Plan, pending: list[tuple[Policy | None, str]], listener: Lis
     }
     plan.save()
     gib = plan.request.reference_memory_gib
-    budget = available_memory_bytes() // 2 if gib is None else int(gib * 2**30)
+    budget = available_memory_bytes(loaded.device) // 2 if gib is None else int(gib * 2**30)
     references = ReferenceLogits(loaded, budget)
     listener.begin(_announce(plan, pending, budget // logits_bytes(loaded, plan.request.seqlen), listener))
     for policy, dataset in pending:
