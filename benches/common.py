@@ -62,7 +62,8 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "cuda": ops.cuda_status(),
+        # Without the reason why it is not loaded, which names folders of this machine.
+        "cuda": ops.cuda_status() if ops.cuda_status().startswith("loaded") else "not loaded",
     }
 
 
