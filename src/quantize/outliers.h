@@ -20,7 +20,10 @@ struct QuantilePosition {
 KVPACK_HOST_DEVICE inline QuantilePosition quantile_position(double q, std::int64_t n) {
   const float position = static_cast<float>(q) * static_cast<float>(n - 1);
   const float below = floorf(position);
-  return {static_cast<std::int64_t>(below), static_cast<std::int64_t>(ceilf(position)), position - below};
+  // Beyond 2^24 values float32 may round a position past the last place.
+  const auto first = static_cast<std::int64_t>(below);
+  const auto second = static_cast<std::int64_t>(ceilf(position));
+  return {first < n ? first : n - 1, second < n ? second : n - 1, position - below};
 }
 
 /// torch.lerp with one fused multiply-add: exact at both ends.
