@@ -8,5 +8,7 @@
 #include "kvpack/dispatch.h"
 #include "kvpack/prune.h"
 #include "kvpack/quantize.h"
+#include "kvpack/tile64.h"
+#include "kvpack/attend.h"
 #include "kvpack/evaluate.h"
 // clang-format on

@@ -14,6 +14,7 @@ enum class DType : std::int32_t {
   kFloat32 = 2,
   kFloat64 = 3,
   kInt64 = 4,
+  kInt32 = 5,
 };
 
 /// Where the memory of a view lives. The numbers are part of the C ABI and never change.

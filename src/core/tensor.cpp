@@ -29,6 +29,7 @@ std::int64_t element_bytes(DType dtype) noexcept {
     case DType::kBFloat16:
       return 2;
     case DType::kFloat32:
+    case DType::kInt32:
       return 4;
     case DType::kFloat64:
     case DType::kInt64:
@@ -49,6 +50,8 @@ const char* name_of(DType dtype) noexcept {
       return "float64";
     case DType::kInt64:
       return "int64";
+    case DType::kInt32:
+      return "int32";
   }
   return "unknown";
 }
@@ -91,7 +94,7 @@ std::string device_text(const Device& device) {
 void require_sequence(const TensorView& view, const char* name) {
   require(view.rank == 2 || view.rank == 3, name, " has ", view.rank, " dimensions ", shape_text(view),
           "; expected [tokens, channels] or [batch, tokens, channels]");
-  require(view.dtype != DType::kInt64, name, " has type int64; expected float16, bfloat16, float32 or float64");
+  require(view.dtype != DType::kInt64 && view.dtype != DType::kInt32, name, " has type ", name_of(view.dtype), "; expected float16, bfloat16, float32 or float64");
   require(element_bytes(view.dtype) > 0, name, " has the unknown type number ", static_cast<int>(view.dtype));
   for (int i = 0; i < view.rank; ++i) {
     const auto axis = static_cast<std::size_t>(i);

@@ -20,6 +20,7 @@ auto with_float_type(DType dtype, Body&& body) {
     case DType::kFloat64:
       return body.template operator()<double>();
     case DType::kInt64:
+    case DType::kInt32:
       break;
   }
   throw InternalError("with_float_type was given a type that is not floating point");

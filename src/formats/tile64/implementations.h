@@ -1,0 +1,113 @@
+// What every implementation of the tile formats receives, and the list of them.
+#pragma once
+
+#include <cstdint>
+
+#include "kvpack/tile64.h"
+
+namespace kvpack {
+
+/// One compressed K or V after all checks: Tile64 as plain pointers. Trivially copyable; also handed to the CUDA library.
+struct Tile64Data {
+  CacheKind kind = CacheKind::kKey;
+  std::int32_t bits = kUnquantizedBits;
+  DType payload_type = DType::kFloat16;  // kFloat16 or kBFloat16 for 16 bits; kInt32 for codes
+  std::int64_t batches = 0;
+  std::int64_t tokens = 0;            // real ones
+  std::int64_t head_dim = 0;          // 64, 128 or 256
+  std::int64_t tiles = 0;             // of one batch
+  std::uint64_t* bitmaps = nullptr;   // [batches, tiles]
+  std::int32_t* offsets = nullptr;    // [batches, tiles + 1] for 16 bits, else [batches, tiles]
+  void* payload = nullptr;            // [payload_capacity] halves or words
+  std::int64_t payload_capacity = 0;  // elements
+  std::int32_t* starts = nullptr;     // [batches] for 16 bits, else null
+  float* scales = nullptr;            // [batches, tiles] for codes, else null
+  float* zeros = nullptr;             // [batches, tiles] for codes, else null
+
+  /// int32 numbers between the offsets of two batches.
+  [[nodiscard]] std::int64_t offsets_stride() const { return bits == kUnquantizedBits ? tiles + 1 : tiles; }
+};
+
+/// The dense side: batches of [tokens, head_dim] with adjacent channels. Batch b is sequence b div heads, head b mod heads.
+struct DenseMatrices {
+  void* data = nullptr;
+  DType dtype = DType::kFloat16;  // kFloat16, kBFloat16 or kFloat32
+  std::int64_t heads = 1;
+  std::int64_t sequence_stride = 0;  // elements
+  std::int64_t head_stride = 0;
+  std::int64_t token_stride = 0;
+};
+
+struct CompressTile64Problem {
+  DenseMatrices x;
+  Tile64Data out;
+  bool prunes = false;             // false: pack what is not zero
+  std::int64_t rank_from_top = 0;  // the threshold is the rank_from_top-th largest magnitude of a row, 1 .. head_dim
+  PruneRule rule = PruneRule::kExact;
+  const float* channel_scores = nullptr;  // or null
+  std::int64_t channel_scores_batch_stride = 0;
+  void* workspace = nullptr;     // CUDA: tile64_workspace_bytes
+  std::int64_t* used = nullptr;  // on the device of x, or null
+  void* stream = nullptr;
+};
+
+struct UnpackTile64Problem {
+  Tile64Data tiles;
+  DenseMatrices out;
+  void* stream = nullptr;
+};
+
+/// What is wrong with tiles, if anything.
+enum class Tile64Fault : std::int32_t {
+  kNone = 0,
+  kOffsetBackwards,  // actual: offset of this tile; expected: at least the end of the tile before
+  kPastTheEnd,       // actual: end of the tile; expected: at most the payload's capacity
+  kCountDisagrees,   // actual: elements between this offset and the next; expected: what the bitmap's count takes
+  kGridNotFinite,    // scale or zero
+  kZeroNotWhole,     // zero is no whole number
+  kStartNegative,    // starts[b] or an offset below 0
+};
+
+/// The first fault in order of batch and tile.
+struct Tile64Finding {
+  Tile64Fault fault = Tile64Fault::kNone;
+  std::int32_t reserved = 0;
+  std::int64_t batch = 0;
+  std::int64_t tile = 0;
+  std::int64_t actual = 0;
+  std::int64_t expected = 0;
+};
+
+struct CheckTile64Problem {
+  Tile64Data tiles;
+  void* stream = nullptr;
+};
+
+/// Compresses; the CPU throws InvalidArgument when the payload is too small, before it writes.
+using CompressTile64Function = void (*)(const CompressTile64Problem&);
+using UnpackTile64Function = void (*)(const UnpackTile64Problem&);
+using CheckTile64Function = Tile64Finding (*)(const CheckTile64Problem&);
+
+#define KVPACK_DECLARE_TILE64                         \
+  void compress_tile64(const CompressTile64Problem&); \
+  void unpack_tile64(const UnpackTile64Problem&);
+namespace reference {
+KVPACK_DECLARE_TILE64
+Tile64Finding check_tile64(const CheckTile64Problem&);
+}  // namespace reference
+namespace scalar {
+KVPACK_DECLARE_TILE64
+}
+namespace avx2 {
+KVPACK_DECLARE_TILE64
+}
+namespace avx512 {
+KVPACK_DECLARE_TILE64
+}
+namespace cuda {  // in libkvpack_cuda
+KVPACK_DECLARE_TILE64
+Tile64Finding check_tile64(const CheckTile64Problem&);
+}  // namespace cuda
+#undef KVPACK_DECLARE_TILE64
+
+}  // namespace kvpack
