@@ -27,8 +27,8 @@ KVPACK_HOST_DEVICE constexpr std::int64_t slot_bytes(std::int32_t bits, std::int
 }
 
 /// Bytes that compress_tile64 needs on a GPU, a multiple of 8.
-constexpr std::int64_t workspace_bytes(std::int32_t bits, std::int64_t batches, std::int64_t tokens,
-                                       std::int64_t head_dim) {
+constexpr std::int64_t compress_workspace_bytes(std::int32_t bits, std::int64_t batches, std::int64_t tokens,
+                                                std::int64_t head_dim) {
   const std::int64_t blocks = batches * blocks_of(tokens);
   return (blocks + 1) * static_cast<std::int64_t>(sizeof(std::int64_t)) + kSlotAlignment +
          blocks * slot_bytes(bits, head_dim);
