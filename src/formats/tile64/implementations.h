@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/portable.h"
 #include "kvpack/tile64.h"
 
 namespace kvpack {
@@ -25,7 +26,7 @@ struct Tile64Data {
   float* zeros = nullptr;             // [batches, tiles] for codes, else null
 
   /// int32 numbers between the offsets of two batches.
-  [[nodiscard]] std::int64_t offsets_stride() const { return bits == kUnquantizedBits ? tiles + 1 : tiles; }
+  [[nodiscard]] KVPACK_HOST_DEVICE std::int64_t offsets_stride() const { return bits == kUnquantizedBits ? tiles + 1 : tiles; }
 };
 
 /// The dense side: batches of [tokens, head_dim] with adjacent channels. Batch b is sequence b div heads, head b mod heads.
