@@ -1,17 +1,22 @@
 // Compiles the file named by KVPACK_SIMD_SOURCE once per instruction set, each in its own namespace.
 // Include it after every standard header the source needs, so that no shared inline function is compiled inside a
 // `#pragma GCC target` region: per-file -m flags would leak AVX code into such functions.
-// Within the source, KVPACK_ISA is the namespace: scalar, avx2 or avx512.
+// Within the source, KVPACK_ISA is the namespace, scalar, avx2 or avx512, and KVPACK_ISA_LANES its floats a vector, for
+// the rare piece that the vocabulary does not cover. A source that defines KVPACK_SIMD_VBMI2 gets AVX-512 with VBMI and
+// VBMI2 (Ice Lake, Zen 4); its registry row must ask for kFeatureAvx512Vbmi2.
 
 #include "isa/scalar.h"
 
 #define KVPACK_ISA scalar
+#define KVPACK_ISA_LANES 1
 #include KVPACK_SIMD_SOURCE
+#undef KVPACK_ISA_LANES
 #undef KVPACK_ISA
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 in its own header (bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"        // the same one
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -21,15 +26,23 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
 #include "isa/avx2.h"
 #define KVPACK_ISA avx2
+#define KVPACK_ISA_LANES 8
 #include KVPACK_SIMD_SOURCE
+#undef KVPACK_ISA_LANES
 #undef KVPACK_ISA
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#if defined(KVPACK_SIMD_VBMI2)
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")
+#else
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
 #include "isa/avx512.h"
 #define KVPACK_ISA avx512
+#define KVPACK_ISA_LANES 16
 #include KVPACK_SIMD_SOURCE
+#undef KVPACK_ISA_LANES
 #undef KVPACK_ISA
 #pragma GCC pop_options
 #endif
