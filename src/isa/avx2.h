@@ -13,6 +13,7 @@ namespace kvpack::avx2 {
 namespace {
 
 inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 8;
 using F32 = __m256;
 using U32 = __m256i;
 using Mask = __m256;  // all bits of a lane set, or none
@@ -64,6 +65,7 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 inline F32 round_even(F32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 floor(F32 a) { return _mm256_floor_ps(a); }
 inline F32 exp2_whole(F32 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
@@ -115,6 +117,49 @@ inline int compress_store(float* target, Mask mask, F32 value) {
 inline U32 magnitude_rank(F32 a) {
   const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff));
   return _mm256_min_epi32(magnitude, _mm256_set1_epi32(0x7f800001));
+}
+
+inline constexpr int kLanes16 = 16;
+using U16 = __m256i;
+
+inline U16 load_u16(const std::uint16_t* source) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+}
+inline U16 set1_u16(std::uint32_t value) { return _mm256_set1_epi16(static_cast<short>(value)); }
+inline U16 magnitude_rank_u16(U16 a, U16 nan_rank) {
+  return _mm256_min_epu16(_mm256_and_si256(a, _mm256_set1_epi16(0x7fff)), nan_rank);
+}
+template <int kVectors>
+inline int count_ge_u16(const U16* ranks, U16 limit) {
+  const U16 below = _mm256_sub_epi16(limit, _mm256_set1_epi16(1));
+  U16 counts = _mm256_setzero_si256();  // a lane's stay below 256, so that vpsadbw adds them up
+  for (int i = 0; i < kVectors; ++i) counts = _mm256_sub_epi16(counts, _mm256_cmpgt_epi16(ranks[i], below));
+  const __m256i sums = _mm256_sad_epu8(counts, _mm256_setzero_si256());
+  const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  return static_cast<int>(_mm_cvtsi128_si64(_mm_add_epi64(half, _mm_unpackhi_epi64(half, half))));
+}
+inline std::uint64_t mask64_ge_u16(const U16* ranks, U16 limit) {
+  const U16 below = _mm256_sub_epi16(limit, _mm256_set1_epi16(1));
+  std::uint64_t mask = 0;
+  for (int i = 0; i < 4; i += 2) {
+    // The pack interleaves 128-bit halves: 0 2 1 3.
+    const __m256i packed = _mm256_permute4x64_epi64(
+        _mm256_packs_epi16(_mm256_cmpgt_epi16(ranks[i], below), _mm256_cmpgt_epi16(ranks[i + 1], below)), 0xd8);
+    mask |= static_cast<std::uint64_t>(static_cast<std::uint32_t>(_mm256_movemask_epi8(packed))) << (16 * i);
+  }
+  return mask;
+}
+inline void copy_words_of_mask(const std::uint16_t* source, std::uint64_t mask, std::uint16_t* target) {
+  const __m256i lane_bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                             static_cast<short>(0x8000));
+  for (int i = 0; i < 64; i += kLanes16) {
+    const __m256i spread = _mm256_and_si256(_mm256_set1_epi16(static_cast<short>(mask >> i)), lane_bit);
+    const __m256i words = _mm256_and_si256(load_u16(source + i), _mm256_cmpeq_epi16(spread, lane_bit));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i), words);
+  }
+}
+inline std::uint64_t lowest_set_bits64(std::uint64_t mask, int count) {
+  return _pdep_u64((std::uint64_t{1} << count) - 1, mask);
 }
 
 }  // namespace

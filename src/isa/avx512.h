@@ -12,6 +12,7 @@ namespace kvpack::avx512 {
 namespace {
 
 inline constexpr int kLanes = 16;
+inline constexpr int kRegisters = 16;
 using F32 = __m512;
 using U32 = __m512i;
 using Mask = __mmask16;
@@ -59,6 +60,7 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 round_even(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 floor(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 inline F32 exp2_whole(F32 n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
@@ -88,6 +90,34 @@ inline int compress_store(float* target, Mask mask, F32 value) {
 inline U32 magnitude_rank(F32 a) {
   const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
   return _mm512_min_epu32(magnitude, _mm512_set1_epi32(0x7f800001));
+}
+
+inline constexpr int kLanes16 = 32;
+using U16 = __m512i;
+
+inline U16 load_u16(const std::uint16_t* source) { return _mm512_loadu_si512(source); }
+inline U16 set1_u16(std::uint32_t value) { return _mm512_set1_epi16(static_cast<short>(value)); }
+inline U16 magnitude_rank_u16(U16 a, U16 nan_rank) {
+  return _mm512_min_epu16(_mm512_and_si512(a, _mm512_set1_epi16(0x7fff)), nan_rank);
+}
+template <int kVectors>
+inline int count_ge_u16(const U16* ranks, U16 limit) {
+  int count = 0;
+  for (int i = 0; i < kVectors; ++i) {
+    count += std::popcount(static_cast<std::uint32_t>(_mm512_cmpge_epu16_mask(ranks[i], limit)));
+  }
+  return count;
+}
+inline std::uint64_t mask64_ge_u16(const U16* ranks, U16 limit) {
+  const std::uint64_t high = _mm512_cmpge_epu16_mask(ranks[1], limit);
+  return static_cast<std::uint64_t>(_mm512_cmpge_epu16_mask(ranks[0], limit)) | high << 32;
+}
+inline void copy_words_of_mask(const std::uint16_t* source, std::uint64_t mask, std::uint16_t* target) {
+  _mm512_storeu_si512(target, _mm512_maskz_loadu_epi16(static_cast<__mmask32>(mask), source));
+  _mm512_storeu_si512(target + 32, _mm512_maskz_loadu_epi16(static_cast<__mmask32>(mask >> 32), source + 32));
+}
+inline std::uint64_t lowest_set_bits64(std::uint64_t mask, int count) {
+  return _pdep_u64((std::uint64_t{1} << count) - 1, mask);
 }
 
 }  // namespace

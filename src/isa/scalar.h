@@ -13,9 +13,10 @@ namespace kvpack::scalar {
 namespace {
 
 inline constexpr int kLanes = 1;
-using F32 = float;           // kLanes floats
-using U32 = std::uint32_t;   // kLanes unsigned words, used below 2^31
-using Mask = std::uint32_t;  // one truth value a lane
+inline constexpr int kRegisters = 1;  // vectors to hold at a time in unrolled loops
+using F32 = float;                    // kLanes floats
+using U32 = std::uint32_t;            // kLanes unsigned words, used below 2^31
+using Mask = std::uint32_t;           // one truth value a lane
 
 // --- memory: one vector of a type, widened to float or rounded from it (RNE); float64 goes through float32 ---
 template <typename T>
@@ -40,6 +41,7 @@ inline F32 fma(F32 a, F32 b, F32 c) { return std::fma(a, b, c); }
 inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 inline F32 round_even(F32 a) { return std::nearbyint(a); }
+inline F32 floor(F32 a) { return std::floor(a); }
 /// 2^n for whole n in [-126, 127].
 inline F32 exp2_whole(F32 n) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<std::int32_t>(n) + 127) << 23);
@@ -71,6 +73,38 @@ inline int compress_store(float* target, Mask mask, F32 value) {
 
 /// Ranks for pruning: the bits of |a|, so that integer order is magnitude order; every NaN becomes the largest rank.
 inline U32 magnitude_rank(F32 a) { return std::min(std::bit_cast<std::uint32_t>(a) & 0x7fffffffu, 0x7f800001u); }
+
+// --- lanes of 16 bits, for ranks of the 16-bit types ---
+inline constexpr int kLanes16 = 1;
+using U16 = std::uint16_t;
+
+inline U16 load_u16(const std::uint16_t* source) { return *source; }
+inline U16 set1_u16(std::uint32_t value) { return static_cast<U16>(value); }
+/// magnitude_rank of a 16-bit float's bits, `nan_rank` being one more than its infinity.
+inline U16 magnitude_rank_u16(U16 a, U16 nan_rank) { return std::min(static_cast<U16>(a & 0x7fffu), nan_rank); }
+/// How many lanes of kVectors vectors are >= limit; all below 2^15, limit at least 1.
+template <int kVectors>
+inline int count_ge_u16(const U16* ranks, U16 limit) {
+  int count = 0;
+  for (int i = 0; i < kVectors; ++i) count += ranks[i] >= limit;
+  return count;
+}
+/// Bit i is set where lane i of the vectors that hold 64 lanes is >= limit; the same conditions.
+inline std::uint64_t mask64_ge_u16(const U16* ranks, U16 limit) {
+  std::uint64_t mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= static_cast<std::uint64_t>(ranks[i] >= limit) << i;
+  return mask;
+}
+/// Copies those of 64 words whose mask bit is set and clears the others.
+inline void copy_words_of_mask(const std::uint16_t* source, std::uint64_t mask, std::uint16_t* target) {
+  for (int i = 0; i < 64; ++i) target[i] = static_cast<std::uint16_t>(source[i] & (0u - ((mask >> i) & 1u)));
+}
+/// Lowest `count` set bits of a mask, 0 <= count < 64.
+inline std::uint64_t lowest_set_bits64(std::uint64_t mask, int count) {
+  std::uint64_t result = 0;
+  for (; count > 0 && mask != 0; --count, mask &= mask - 1) result |= mask & (~mask + 1);
+  return result;
+}
 
 }  // namespace
 }  // namespace kvpack::scalar

@@ -1,71 +1,11 @@
 // Magnitude pruning in the SIMD vocabulary. Compiled once per instruction set by magnitude_cpu.cpp.
-//
-// A row's threshold is found bit by bit from the top: `count(rank >= candidate)` decides each bit of the wanted rank's
-// value. No sort, no branches on data, and most rows end early, when a candidate splits the row exactly:
-//
-//   ranks (|x| as integers)   5 9 1 7   want the 2nd largest
-//   candidate 8 (1000b)       . # . .   1 < 2, bit stays 0
-//   candidate 4 (0100b)       # # . #   3 >= 2, bit set
-//   candidate 6 (0110b)       . # . #   2 == 2, done: keep what is >= 6
+
+#include "prune/survivors_cpu.h"
 
 namespace kvpack::KVPACK_ISA {
 namespace {
 
-/// Ranks of one row, padded with 0 to whole vectors: a rank of 0 never counts, candidates are at least 1.
-template <typename T>
-inline void rank_row(const T* x, const float* scores, std::int64_t head_dim, std::uint32_t* ranks) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= head_dim; i += kLanes) {
-    F32 value = load(x + i);
-    if (scores != nullptr) value = mul(value, load(scores + i));
-    store_u32(ranks + i, magnitude_rank(value));
-  }
-  for (; i < head_dim; ++i) {
-    const float value = scores == nullptr ? to_float(x[i]) : to_float(x[i]) * scores[i];
-    const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(value) & 0x7fffffffu;
-    ranks[i] = magnitude < 0x7f800001u ? magnitude : 0x7f800001u;
-  }
-  for (; i % kLanes != 0; ++i) ranks[i] = 0;
-}
-
-inline std::int64_t count_at_least(const std::uint32_t* ranks, std::int64_t padded, std::uint32_t candidate) {
-  const U32 limit = set1_u32(candidate);
-  std::int64_t count = 0;
-  for (std::int64_t i = 0; i < padded; i += kLanes) {
-    count += std::popcount(bits(ge_u32(load_u32(ranks + i), limit)));
-  }
-  return count;
-}
-
-/// Entries of rank >= `at_least` survive, and of those of rank == at_least - 1 the first `num_ties`.
-struct Cut {
-  std::uint32_t at_least;
-  std::int64_t num_ties;
-};
-
-inline Cut find_cut(const std::uint32_t* ranks, std::int64_t padded, std::int64_t rank_from_top, PruneRule rule,
-                    std::uint32_t largest) {
-  std::uint32_t threshold = 0;
-  for (int bit = std::bit_width(largest) - 1; bit >= 0; --bit) {
-    const std::uint32_t candidate = threshold | (1u << bit);
-    const std::int64_t count = count_at_least(ranks, padded, candidate);
-    if (count == rank_from_top) return {candidate, 0};
-    if (count > rank_from_top) threshold = candidate;
-  }
-  // The threshold is the wanted rank itself, and it is shared: several entries tie there.
-  if (rule == PruneRule::kKthValue) return {threshold, 0};
-  return {threshold + 1, rank_from_top - count_at_least(ranks, padded, threshold + 1)};
-}
-
-/// Lowest `count` set bits of a mask of lanes.
-inline std::uint32_t lowest_set_bits(std::uint32_t mask, std::int64_t count) {
-  std::uint32_t result = 0;
-  for (; count > 0 && mask != 0; --count) {
-    result |= mask & (~mask + 1u);
-    mask &= mask - 1u;
-  }
-  return result;
-}
+inline constexpr int kBlockTokens = 64;  // what a task prunes
 
 /// Copies the elements of set lanes and clears the others. Every way moves bits, so a NaN keeps its payload.
 template <typename T>
@@ -107,9 +47,54 @@ inline std::int64_t write_row(const T* x, T* out, const std::uint32_t* ranks, st
   return kept;
 }
 
+/// Rows of a 16-bit type without scores, whose heads are as wide as models have them: a batch of rows at a time, found
+/// as masks.
+template <int kHeadDim, typename T>
+std::int64_t prune_rows_of_words(const T* x, std::int64_t x_stride, T* out, std::int64_t out_stride, int num_rows,
+                                 Keep keep) {
+  constexpr int kWords = kHeadDim / 64;
+  std::uint64_t masks[kBlockTokens * kWords];
+  mask_rows_of_words<kHeadDim>(x, x_stride, num_rows, keep, 1, kWords, masks);
+  std::int64_t kept = 0;
+  for (int row = 0; row < num_rows; ++row) {
+    for (int w = 0; w < kWords; ++w) {
+      const std::uint64_t mask = masks[row * kWords + w];
+      kept += std::popcount(mask);
+      copy_words_of_mask(&x[row * x_stride + w * 64].bits, mask, &out[row * out_stride + w * 64].bits);
+    }
+  }
+  return kept;
+}
+
+/// The heads of a block of tokens one after another where prune_rows_of_words can do it; -1 where it cannot.
+template <typename T>
+std::int64_t prune_words(const PruneProblem& problem, std::int64_t first_token, std::int64_t end_token) {
+  if constexpr (sizeof(T) == 2) {
+    const bool is_known = problem.head_dim == 64 || problem.head_dim == 128 || problem.head_dim == 256;
+    if (!is_known || problem.channel_scores != nullptr || first_token < problem.protected_tokens) return -1;
+    const Keep keep{static_cast<int>(problem.rank_from_top), problem.rule};
+    const auto num_rows = static_cast<int>(end_token - first_token);
+    std::int64_t kept = 0;
+    for (std::int64_t first = 0; first < problem.channels; first += problem.head_dim) {
+      const T* x = static_cast<const T*>(problem.x) + first_token * problem.x_token_stride + first;
+      T* out = static_cast<T*>(problem.out) + first_token * problem.out_token_stride + first;
+      const auto prune = problem.head_dim == 64    ? prune_rows_of_words<64, T>
+                         : problem.head_dim == 128 ? prune_rows_of_words<128, T>
+                                                   : prune_rows_of_words<256, T>;
+      kept += prune(x, problem.x_token_stride, out, problem.out_token_stride, num_rows, keep);
+    }
+    return kept;
+  }
+  return -1;
+}
+
 template <typename T>
 std::int64_t prune_tokens(const PruneProblem& problem, std::int64_t first_token, std::int64_t end_token,
                           std::uint32_t* ranks) {
+  if (problem.rank_from_top < problem.head_dim) {
+    const std::int64_t survivors = prune_words<T>(problem, first_token, end_token);
+    if (survivors >= 0) return survivors;
+  }
   const std::int64_t padded = (problem.head_dim + kLanes - 1) / kLanes * kLanes;
   std::int64_t kept = 0;
   for (std::int64_t token = first_token; token < end_token; ++token) {
@@ -135,7 +120,6 @@ std::int64_t prune_tokens(const PruneProblem& problem, std::int64_t first_token,
 }  // namespace
 
 std::int64_t prune_magnitude(const PruneProblem& problem) {
-  constexpr std::int64_t kBlockTokens = 64;
   constexpr std::int64_t kInlineRanks = 1024;
   const std::int64_t num_blocks = (problem.tokens + kBlockTokens - 1) / kBlockTokens;
   std::atomic<std::int64_t> kept{0};

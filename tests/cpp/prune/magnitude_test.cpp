@@ -46,6 +46,15 @@ const std::vector<PruneCase>& prune_cases() {
       {"float16", 66, 192, 64, 0.7, Fill::kNormal, DType::kFloat16},
       {"float16 published rule", 66, 192, 64, 0.7, Fill::kNormal, DType::kFloat16, PruneRule::kKthValue},
       {"bfloat16", 66, 192, 64, 0.5, Fill::kNormal, DType::kBFloat16},
+      {"float16, head 128", 67, 256, 128, 0.7, Fill::kNormal, DType::kFloat16},
+      {"float16, head 256, ties", 3, 256, 256, 0.5, Fill::kTies, DType::kFloat16},
+      {"float16, ties, published rule", 9, 128, 128, 0.5, Fill::kTies, DType::kFloat16, PruneRule::kKthValue},
+      {"float16, zeros of both signs", 9, 128, 64, 0.5, Fill::kZeros, DType::kFloat16},
+      {"float16, infinities", 9, 256, 128, 0.5, Fill::kHuge, DType::kFloat16},
+      {"float16 with protected tokens", 70, 128, 64, 0.7, Fill::kNormal, DType::kFloat16, PruneRule::kExact, 3},
+      {"float16, padded rows", 9, 128, 64, 0.7, Fill::kNormal, DType::kFloat16, PruneRule::kExact, 0, {1, 3, 1}},
+      {"bfloat16, head 256, nearly all tied", 5, 512, 256, 0.7, Fill::kMostlyTies, DType::kBFloat16},
+      {"bfloat16, denormals", 5, 128, 128, 0.7, Fill::kDenormal, DType::kBFloat16},
       {"float64", 5, 192, 64, 0.7, Fill::kNormal, DType::kFloat64},
       {"protected tokens", 9, 128, 64, 0.7, Fill::kNormal, DType::kFloat32, PruneRule::kExact, 3},
       {"more protected tokens than tokens", 2, 64, 64, 0.7, Fill::kNormal, DType::kFloat32, PruneRule::kExact, 5},
@@ -91,6 +100,31 @@ TEST_P(PruneMagnitude, RanksNaNAboveEverythingAndKeepsItsBits) {
   prune_magnitude(x.view(), out.view(), {0.625, PruneRule::kExact, 8, 0, nullptr});
   const bool kept[] = {false, true, false, true, false, true, false, false};
   for (int c = 0; c < 8; ++c) EXPECT_EQ(out.bits(0, c), kept[c] ? x.bits(0, c) : 0u) << "channel " << c;
+}
+
+TEST_P(PruneMagnitude, RanksEveryNaNOfSixteenBitsAlike) {
+  constexpr std::int64_t kHeadDim = 64;
+  Matrix x(1, kHeadDim, DType::kFloat16);
+  for (std::int64_t c = 0; c < kHeadDim; ++c) x.set(0, c, 1.0);
+  auto* words = static_cast<std::uint16_t*>(x.view().data);
+  words[5] = 0xfc00;  // -infinity
+  words[9] = 0x7c01;  // signalling, the smallest of the NaNs as bits
+  words[20] = 0xffff;
+  words[63] = 0x7e00;
+  Matrix out(1, kHeadDim, DType::kFloat16);
+  const auto kept_with = [&](std::int64_t count) {
+    const double sparsity = 1.0 - static_cast<double>(count) / static_cast<double>(kHeadDim);
+    prune_magnitude(x.view(), out.view(), {sparsity, PruneRule::kExact, 0, 0, nullptr});
+    std::vector<std::int64_t> kept;
+    for (std::int64_t c = 0; c < kHeadDim; ++c) {
+      if (out.bits(0, c) != 0) kept.push_back(c);
+      EXPECT_TRUE(out.bits(0, c) == 0 || out.bits(0, c) == x.bits(0, c)) << "channel " << c;
+    }
+    return kept;
+  };
+  EXPECT_EQ(kept_with(2), (std::vector<std::int64_t>{9, 20}));
+  EXPECT_EQ(kept_with(4), (std::vector<std::int64_t>{5, 9, 20, 63}));
+  EXPECT_EQ(kept_with(5), (std::vector<std::int64_t>{0, 5, 9, 20, 63}));
 }
 
 TEST_P(PruneMagnitude, ChannelScoresRankButDoNotChangeValues) {
