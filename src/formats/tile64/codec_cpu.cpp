@@ -18,6 +18,7 @@ constexpr std::int64_t kLargestHeadDim = 256;
 }
 }  // namespace kvpack
 
+#define KVPACK_SIMD_VBMI2
 #define KVPACK_SIMD_TILES
 #define KVPACK_SIMD_SOURCE "formats/tile64/codec_cpu.h"
 #include "isa/for_each_isa.h"

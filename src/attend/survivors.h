@@ -1,0 +1,75 @@
+// How the CPU's attention reads survivors: one tag per payload, and where a tile's bytes are. Compiled for no special
+// instruction set.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/half.h"
+#include "formats/tile64/implementations.h"
+#include "formats/tile64_f16/layout.h"
+#include "formats/tile64_q/layout.h"
+#include "kvpack/error.h"
+
+namespace kvpack {
+
+/// Codes of 1, 2, 4 or 8 bits on a grid: tile64_q.
+template <int kBitsOfCode>
+struct Codes {
+  static constexpr int kBits = kBitsOfCode;
+  static constexpr bool kHasGrid = true;
+  /// Bytes that an expansion may read from a tile's start on, whatever the tile holds.
+  static constexpr std::int64_t kReadBytes = kTileElements * kBitsOfCode / 8 + 8;
+};
+
+/// 16-bit floats: tile64_f16.
+template <typename T>
+struct Halves {
+  using Type = T;
+  static constexpr bool kHasGrid = false;
+  static constexpr std::int64_t kReadBytes = kTileElements * 2;
+};
+
+/// Calls body.template operator()<Survivor>() with the tag of these tiles.
+template <typename Body>
+auto with_survivor(const Tile64Data& tiles, Body&& body) {
+  switch (tiles.bits) {
+    case 1:
+      return body.template operator()<Codes<1>>();
+    case 2:
+      return body.template operator()<Codes<2>>();
+    case 4:
+      return body.template operator()<Codes<4>>();
+    case 8:
+      return body.template operator()<Codes<8>>();
+    case kUnquantizedBits:
+      if (tiles.payload_type == DType::kBFloat16) return body.template operator()<Halves<BFloat16>>();
+      return body.template operator()<Halves<Half>>();
+    default:
+      throw InternalError("with_survivor was given tiles of unknown bits");
+  }
+}
+
+/// The first tile of a call whose survivors lie outside the payload. Tasks note it, the calling thread throws.
+class OutsideTile {
+ public:
+  /// Keeps the lowest tile, so that every run names the same one.
+  void note(std::int64_t batch, std::int64_t tile, std::int64_t tiles) noexcept;
+  /// Throws InvalidArgument if a tile was noted. `name` is "keys" or "values".
+  void require_none(const Tile64Data& tiles, const char* name) const;
+
+ private:
+  static constexpr std::int64_t kNone = INT64_MAX;
+  std::atomic<std::int64_t> first_{kNone};  // batch * tiles + tile
+};
+
+/// Where a tile of one batch starts in the payload, in bytes; may be anything for hostile tiles.
+std::int64_t first_byte(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile);
+
+/// A tile near the payload's end, or outside it: copies its survivors to `buffer` of kReadBytes and zeros behind them, so
+/// that an expansion may read on. A tile outside is noted and comes back as zeros with an empty mask.
+void copy_tile(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile, std::uint64_t* mask, std::byte* buffer,
+               std::int64_t buffer_bytes, OutsideTile& outside);
+
+}  // namespace kvpack
