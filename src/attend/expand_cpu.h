@@ -37,17 +37,11 @@ class TileReader {
   void expand_tiles(std::int64_t first, float* out) const {
     std::uint64_t masks[kTileElements];
     reverse_bitmaps(bitmaps_ + first, masks);
+    if (!all_are_whole(first)) return expand_copies(first, masks, out);
+    // No call in here: constants stay in registers.
     for (std::int64_t t = 0; t < kTileElements; ++t) {
-      const std::int64_t tile = first + t;
-      const std::int64_t byte = start_of(tile);
-      tile64_q::Grid grid;
-      if constexpr (Survivor::kHasGrid) grid = {scales_[tile], zeros_[tile]};
-      // Nearly all tiles lie so far from the payload's end that no count is needed to read them safely.
-      if (byte >= 0 && byte <= last_whole_) [[likely]] {
-        expand(Survivor{}, masks[t], payload_ + byte, grid, out + t * kTileElements);
-      } else {
-        expand_copy(tile, masks[t], grid, out + t * kTileElements);
-      }
+      expand(Survivor{}, masks[t], payload_ + byte_of(offsets_[first + t]), grid_of(first + t),
+             out + t * kTileElements);
     }
   }
 
@@ -65,15 +59,35 @@ class TileReader {
   }
 
  private:
-  [[nodiscard]] std::int64_t start_of(std::int64_t tile) const {
-    if constexpr (Survivor::kHasGrid) return std::int64_t{4} * offsets_[tile];
-    return 2 * tile64_f16::first_half(base_, offsets_[tile]);
+  /// Byte of the payload that an offset stands for.
+  [[nodiscard]] std::int64_t byte_of(std::int32_t offset) const {
+    if constexpr (Survivor::kHasGrid) return std::int64_t{4} * offset;
+    return 2 * tile64_f16::first_half(base_, offset);
   }
 
-  [[gnu::noinline]] void expand_copy(std::int64_t tile, std::uint64_t mask, tile64_q::Grid grid, float* out) const {
-    std::byte buffer[Survivor::kReadBytes];
-    copy_tile(tiles_, batch_, tile, &mask, buffer, Survivor::kReadBytes, outside_);
-    expand(Survivor{}, mask, buffer, grid, out);
+  [[nodiscard]] tile64_q::Grid grid_of(std::int64_t tile) const {
+    if constexpr (Survivor::kHasGrid) return {scales_[tile], zeros_[tile]};
+    return {};
+  }
+
+  /// Nearly all tiles lie so far from the payload's end that no count is needed to read them safely.
+  [[nodiscard]] bool all_are_whole(std::int64_t first) const {
+    std::int32_t low = offsets_[first];
+    std::int32_t high = low;
+    for (std::int64_t t = first; t < first + kTileElements; ++t) {
+      low = std::min(low, offsets_[t]);
+      high = std::max(high, offsets_[t]);
+    }
+    return byte_of(low) >= 0 && byte_of(high) <= last_whole_;
+  }
+
+  [[gnu::noinline]] void expand_copies(std::int64_t first, const std::uint64_t* masks, float* out) const {
+    for (std::int64_t t = 0; t < kTileElements; ++t) {
+      std::byte buffer[Survivor::kReadBytes];
+      std::uint64_t mask = masks[t];
+      copy_tile(tiles_, batch_, first + t, &mask, buffer, Survivor::kReadBytes, outside_);
+      expand(Survivor{}, mask, buffer, grid_of(first + t), out + t * kTileElements);
+    }
   }
 
   const Tile64Data& tiles_;

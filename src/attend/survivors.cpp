@@ -44,10 +44,6 @@ void OutsideTile::require_none(const Tile64Data& tiles, const char* name) const 
                              tiles.payload_capacity));
 }
 
-std::int64_t first_byte(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile) {
-  return first_element(tiles, batch, tile) * element_bytes_of(tiles);
-}
-
 void copy_tile(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile, std::uint64_t* mask, std::byte* buffer,
                std::int64_t buffer_bytes, OutsideTile& outside) {
   std::memset(buffer, 0, static_cast<std::size_t>(buffer_bytes));

@@ -64,9 +64,6 @@ class OutsideTile {
   std::atomic<std::int64_t> first_{kNone};  // batch * tiles + tile
 };
 
-/// Where a tile of one batch starts in the payload, in bytes; may be anything for hostile tiles.
-std::int64_t first_byte(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile);
-
 /// A tile near the payload's end, or outside it: copies its survivors to `buffer` of kReadBytes and zeros behind them, so
 /// that an expansion may read on. A tile outside is noted and comes back as zeros with an empty mask.
 void copy_tile(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile, std::uint64_t* mask, std::byte* buffer,
