@@ -65,6 +65,37 @@ typedef struct kvpack_uniform_counts {
   int64_t outliers;
 } kvpack_uniform_counts;
 
+/** kvpack::Tile64. A view of rank 0 without memory stands for "none". */
+typedef struct kvpack_tile64 {
+  int32_t kind;
+  int32_t bits;
+  int64_t tokens;
+  int64_t head_dim;
+  kvpack_tensor bitmaps;
+  kvpack_tensor offsets;
+  kvpack_tensor payload;
+  kvpack_tensor starts;
+  kvpack_tensor scales;
+  kvpack_tensor zeros;
+} kvpack_tile64;
+
+/** kvpack::Tile64Options. */
+typedef struct kvpack_tile64_options {
+  double sparsity;
+  int32_t rule;
+  int32_t reserved;
+  const float* channel_scores;
+  int64_t channel_scores_batch_stride;
+} kvpack_tile64_options;
+
+/** kvpack::AttendOptions. */
+typedef struct kvpack_attend_options {
+  double scale;
+  double softcap;
+  int32_t masking;
+  int32_t reserved;
+} kvpack_attend_options;
+
 /** kvpack::TensorError. */
 typedef struct kvpack_tensor_error {
   double squared_error;
@@ -87,6 +118,34 @@ KVPACK_API int32_t kvpack_prune_magnitude(const kvpack_tensor* x, const kvpack_t
 KVPACK_API int32_t kvpack_simulate_uniform(const kvpack_tensor* x, const kvpack_tensor* out,
                                            const kvpack_uniform_options* options, kvpack_uniform_counts* counts,
                                            void* stream);
+/** kvpack::tile64_payload_bound; the elements come back through `elements`. */
+KVPACK_API int32_t kvpack_tile64_payload_bound(int32_t bits, int64_t batches, int64_t tokens, int64_t head_dim,
+                                               int64_t kept_per_row, int64_t* elements);
+/** kvpack::tile64_workspace_bytes; the bytes come back through `bytes`. */
+KVPACK_API int32_t kvpack_tile64_workspace_bytes(int32_t bits, int64_t batches, int64_t tokens, int64_t head_dim,
+                                                 int32_t device_kind, int64_t* bytes);
+/** kvpack::compress_tile64. `workspace` and `used` may be null: none. */
+KVPACK_API int32_t kvpack_compress_tile64(const kvpack_tensor* x, const kvpack_tile64_options* options,
+                                          const kvpack_tile64* out, const kvpack_tensor* workspace,
+                                          const kvpack_tensor* used, void* stream);
+/** kvpack::unpack_tile64. */
+KVPACK_API int32_t kvpack_unpack_tile64(const kvpack_tile64* tiles, const kvpack_tensor* out, void* stream);
+/** kvpack::check_tile64. */
+KVPACK_API int32_t kvpack_check_tile64(const kvpack_tile64* tiles, void* stream);
+/** kvpack::attend_workspace_bytes; the bytes come back through `bytes`. */
+KVPACK_API int32_t kvpack_attend_workspace_bytes(int64_t batches, int64_t columns, int64_t tokens, int64_t head_dim,
+                                                 int32_t device_kind, int64_t* bytes);
+/** kvpack::multiply_keys. `workspace` may be null: none. */
+KVPACK_API int32_t kvpack_multiply_keys(const kvpack_tile64* keys, const kvpack_tensor* q, const kvpack_tensor* out,
+                                        const kvpack_tensor* workspace, void* stream);
+/** kvpack::multiply_values. `workspace` may be null: none. */
+KVPACK_API int32_t kvpack_multiply_values(const kvpack_tile64* values, const kvpack_tensor* p, const kvpack_tensor* out,
+                                          const kvpack_tensor* workspace, void* stream);
+/** kvpack::attend_tile64. `recent_keys`, `recent_values`, `lse` and `workspace` may be null: none. */
+KVPACK_API int32_t kvpack_attend_tile64(const kvpack_tile64* keys, const kvpack_tile64* values, const kvpack_tensor* q,
+                                        const kvpack_tensor* recent_keys, const kvpack_tensor* recent_values,
+                                        const kvpack_attend_options* options, const kvpack_tensor* out,
+                                        const kvpack_tensor* lse, const kvpack_tensor* workspace, void* stream);
 /** kvpack::compare_tensors. */
 KVPACK_API int32_t kvpack_compare_tensors(const kvpack_tensor* x, const kvpack_tensor* y, kvpack_tensor_error* error,
                                           void* stream);

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_RANK = 4
 CPU, CUDA = 0, 1
 
-_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int64": 4}
+_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int64": 4, "int32": 5}
 _known_dtypes: dict[Any, int] = {}
 _PADDING = tuple((0,) * (MAX_RANK - rank) for rank in range(MAX_RANK + 1))
 _DEVICE_KINDS = {"cpu": CPU, "cuda": CUDA}
@@ -32,6 +32,11 @@ class KvpackError(RuntimeError):
 # kvpack_tensor as bytes: pointer, type, device, rank, shape, strides. Packing is four times faster than filling a
 # ctypes structure (benches/bench_binding.py), and the C side only reads it.
 TENSOR = struct.Struct("@P4i8q")
+
+# kvpack_tile64 as bytes up to its tensors: kind, bits, tokens, head_dim. Behind it stand six kvpack_tensor, packed by
+# TENSOR: bitmaps, offsets, payload, starts, scales, zeros; NO_TENSOR for one that the format does not have.
+TILE64 = struct.Struct("@2i2q")
+NO_TENSOR = TENSOR.pack(0, 0, CPU, 0, 0, *(0,) * (2 * MAX_RANK))
 
 
 class PruneOptions(ctypes.Structure):
@@ -75,6 +80,29 @@ class UniformCounts(ctypes.Structure):
     _fields_ = (("quantized", ctypes.c_int64), ("vectors", ctypes.c_int64), ("outliers", ctypes.c_int64))
 
 
+class Tile64Options(ctypes.Structure):
+    """kvpack_tile64_options."""
+
+    _fields_ = (
+        ("sparsity", ctypes.c_double),
+        ("rule", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("channel_scores", ctypes.c_void_p),
+        ("channel_scores_batch_stride", ctypes.c_int64),
+    )
+
+
+class AttendOptions(ctypes.Structure):
+    """kvpack_attend_options."""
+
+    _fields_ = (
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("masking", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
 class TensorError(ctypes.Structure):
     """kvpack_tensor_error: sums of one comparison."""
 
@@ -103,10 +131,25 @@ def _load() -> ctypes.CDLL:
         raise ImportError(f"{path} speaks ABI version {found}, this package {ABI_VERSION}; reinstall kvpack")
     pointer = ctypes.POINTER
     tensor = ctypes.c_char_p  # bytes packed by TENSOR
+    tiles = ctypes.c_char_p  # bytes packed by TILE64 and TENSOR
     text_out = pointer(ctypes.c_char_p)
+    int64_out = pointer(ctypes.c_int64)
+    int32, int64, stream = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     signatures = {
         "kvpack_prune_magnitude": (tensor, tensor, pointer(PruneOptions), pointer(PruneCounts), ctypes.c_void_p),
         "kvpack_simulate_uniform": (tensor, tensor, pointer(UniformOptions), pointer(UniformCounts), ctypes.c_void_p),
+        "kvpack_tile64_payload_bound": (int32, int64, int64, int64, int64, int64_out),
+        "kvpack_tile64_workspace_bytes": (int32, int64, int64, int64, int32, int64_out),
+        "kvpack_compress_tile64": (tensor, pointer(Tile64Options), tiles, tensor, tensor, stream),
+        "kvpack_unpack_tile64": (tiles, tensor, stream),
+        "kvpack_check_tile64": (tiles, stream),
+        "kvpack_attend_workspace_bytes": (int64, int64, int64, int64, int32, int64_out),
+        "kvpack_multiply_keys": (tiles, tensor, tensor, tensor, stream),
+        "kvpack_multiply_values": (tiles, tensor, tensor, tensor, stream),
+        "kvpack_attend_tile64": (
+            *(tiles, tiles, tensor, tensor, tensor),
+            *(pointer(AttendOptions), tensor, tensor, tensor, stream),
+        ),
         "kvpack_compare_tensors": (tensor, tensor, pointer(TensorError), ctypes.c_void_p),
         "kvpack_compare_logits": (tensor, tensor, tensor, tensor, tensor, tensor, ctypes.c_void_p),
         "kvpack_list_implementations": (text_out,),

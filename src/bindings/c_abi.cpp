@@ -52,6 +52,27 @@ TensorView view_of(const kvpack_tensor* tensor, const char* name) {
   return view;
 }
 
+/// A view that may be left out: null stands for none.
+TensorView optional_view(const kvpack_tensor* tensor, const char* name) {
+  return tensor == nullptr ? TensorView{} : view_of(tensor, name);
+}
+
+kvpack::Tile64 tiles_of(const kvpack_tile64* tiles, const char* name) {
+  kvpack::require(tiles != nullptr, name, " is a null pointer");
+  kvpack::Tile64 result;
+  result.kind = static_cast<kvpack::CacheKind>(tiles->kind);
+  result.bits = tiles->bits;
+  result.tokens = tiles->tokens;
+  result.head_dim = tiles->head_dim;
+  result.bitmaps = view_of(&tiles->bitmaps, "bitmaps");
+  result.offsets = view_of(&tiles->offsets, "offsets");
+  result.payload = view_of(&tiles->payload, "payload");
+  result.starts = view_of(&tiles->starts, "starts");
+  result.scales = view_of(&tiles->scales, "scales");
+  result.zeros = view_of(&tiles->zeros, "zeros");
+  return result;
+}
+
 std::int32_t give_text(std::string text, const char** target) {
   last_text = std::move(text);
   *target = last_text.c_str();
@@ -105,6 +126,86 @@ std::int32_t kvpack_simulate_uniform(const kvpack_tensor* x, const kvpack_tensor
     chosen.compat = options->compat != 0;
     const kvpack::UniformCounts result = kvpack::simulate_uniform(view_of(x, "x"), view_of(out, "out"), chosen, stream);
     if (counts != nullptr) *counts = {result.quantized, result.vectors, result.outliers};
+  });
+}
+
+std::int32_t kvpack_tile64_payload_bound(std::int32_t bits, std::int64_t batches, std::int64_t tokens,
+                                         std::int64_t head_dim, std::int64_t kept_per_row, std::int64_t* elements) {
+  return guarded([&] {
+    kvpack::require(elements != nullptr, "elements is a null pointer");
+    *elements = kvpack::tile64_payload_bound(bits, batches, tokens, head_dim, kept_per_row);
+  });
+}
+
+std::int32_t kvpack_tile64_workspace_bytes(std::int32_t bits, std::int64_t batches, std::int64_t tokens,
+                                           std::int64_t head_dim, std::int32_t device_kind, std::int64_t* bytes) {
+  return guarded([&] {
+    kvpack::require(bytes != nullptr, "bytes is a null pointer");
+    *bytes =
+        kvpack::tile64_workspace_bytes(bits, batches, tokens, head_dim, static_cast<kvpack::DeviceKind>(device_kind));
+  });
+}
+
+std::int32_t kvpack_compress_tile64(const kvpack_tensor* x, const kvpack_tile64_options* options,
+                                    const kvpack_tile64* out, const kvpack_tensor* workspace, const kvpack_tensor* used,
+                                    void* stream) {
+  return guarded([&] {
+    kvpack::require(options != nullptr, "options is a null pointer");
+    kvpack::Tile64Options chosen;
+    chosen.sparsity = options->sparsity;
+    chosen.rule = static_cast<kvpack::PruneRule>(options->rule);
+    chosen.channel_scores = options->channel_scores;
+    chosen.channel_scores_batch_stride = options->channel_scores_batch_stride;
+    kvpack::compress_tile64(view_of(x, "x"), chosen, tiles_of(out, "out"), optional_view(workspace, "workspace"),
+                            optional_view(used, "used"), stream);
+  });
+}
+
+std::int32_t kvpack_unpack_tile64(const kvpack_tile64* tiles, const kvpack_tensor* out, void* stream) {
+  return guarded([&] { kvpack::unpack_tile64(tiles_of(tiles, "tiles"), view_of(out, "out"), stream); });
+}
+
+std::int32_t kvpack_check_tile64(const kvpack_tile64* tiles, void* stream) {
+  return guarded([&] { kvpack::check_tile64(tiles_of(tiles, "tiles"), stream); });
+}
+
+std::int32_t kvpack_attend_workspace_bytes(std::int64_t batches, std::int64_t columns, std::int64_t tokens,
+                                           std::int64_t head_dim, std::int32_t device_kind, std::int64_t* bytes) {
+  return guarded([&] {
+    kvpack::require(bytes != nullptr, "bytes is a null pointer");
+    *bytes = kvpack::attend_workspace_bytes(batches, columns, tokens, head_dim,
+                                            static_cast<kvpack::DeviceKind>(device_kind));
+  });
+}
+
+std::int32_t kvpack_multiply_keys(const kvpack_tile64* keys, const kvpack_tensor* q, const kvpack_tensor* out,
+                                  const kvpack_tensor* workspace, void* stream) {
+  return guarded([&] {
+    kvpack::multiply_keys(tiles_of(keys, "keys"), view_of(q, "q"), view_of(out, "out"),
+                          optional_view(workspace, "workspace"), stream);
+  });
+}
+
+std::int32_t kvpack_multiply_values(const kvpack_tile64* values, const kvpack_tensor* p, const kvpack_tensor* out,
+                                    const kvpack_tensor* workspace, void* stream) {
+  return guarded([&] {
+    kvpack::multiply_values(tiles_of(values, "values"), view_of(p, "p"), view_of(out, "out"),
+                            optional_view(workspace, "workspace"), stream);
+  });
+}
+
+std::int32_t kvpack_attend_tile64(const kvpack_tile64* keys, const kvpack_tile64* values, const kvpack_tensor* q,
+                                  const kvpack_tensor* recent_keys, const kvpack_tensor* recent_values,
+                                  const kvpack_attend_options* options, const kvpack_tensor* out,
+                                  const kvpack_tensor* lse, const kvpack_tensor* workspace, void* stream) {
+  return guarded([&] {
+    kvpack::require(options != nullptr, "options is a null pointer");
+    const kvpack::AttendOptions chosen{options->scale, options->softcap,
+                                       static_cast<kvpack::Masking>(options->masking)};
+    kvpack::attend_tile64(tiles_of(keys, "keys"), tiles_of(values, "values"), view_of(q, "q"),
+                          optional_view(recent_keys, "recent_keys"), optional_view(recent_values, "recent_values"),
+                          chosen, view_of(out, "out"), optional_view(lse, "lse"), optional_view(workspace, "workspace"),
+                          stream);
   });
 }
 

@@ -1,7 +1,9 @@
 // Argument checks whose messages show both values, and the text helpers for them.
 #pragma once
 
+#include <cstdint>
 #include <cstdio>
+#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -52,6 +54,25 @@ void require_same_sequences(const TensorView& x, const char* x_name, const Tenso
 /// Checks that x and out can be the input and output of an elementwise operation over sequences:
 /// same shape of rank 2 or 3, same floating type, same device; out is x itself or does not overlap it.
 void require_sequence_pair(const TensorView& x, const TensorView& out);
+
+/// "cpu" or "cuda:0".
+std::string device_text(const Device& device);
+
+/// A view's name in messages: "q", or "keys.bitmaps" for a part of something.
+struct ViewName {
+  const char* name;
+  const char* part = nullptr;
+};
+
+/// Checks that a view has exactly this type, shape and device, lies without gaps, and has memory if it has elements.
+void require_exact(const TensorView& view, ViewName name, DType dtype, std::initializer_list<std::int64_t> shape,
+                   const Device& device);
+
+/// True for a view that stands for "none": rank 0 without memory, or no elements.
+bool is_empty(const TensorView& view) noexcept;
+
+/// True when two views that are not empty share a byte between their first and last ones.
+bool may_overlap(const TensorView& a, const TensorView& b) noexcept;
 
 /// True when both views cover the same elements of the same memory in the same order.
 bool is_same_view(const TensorView& a, const TensorView& b);

@@ -84,17 +84,18 @@ TensorView make_view(void* data, DType dtype, std::initializer_list<std::int64_t
 
 std::string shape_text(const TensorView& view) { return text_of(view.shape, view.rank); }
 
-namespace {
-
 std::string device_text(const Device& device) {
   return device.kind == DeviceKind::kCpu ? "cpu" : text("cuda:", device.index);
 }
+
+namespace {
 
 /// Checks one view on its own. `data` may be null only when there are no elements.
 void require_sequence(const TensorView& view, const char* name) {
   require(view.rank == 2 || view.rank == 3, name, " has ", view.rank, " dimensions ", shape_text(view),
           "; expected [tokens, channels] or [batch, tokens, channels]");
-  require(view.dtype != DType::kInt64 && view.dtype != DType::kInt32, name, " has type ", name_of(view.dtype), "; expected float16, bfloat16, float32 or float64");
+  require(view.dtype != DType::kInt64 && view.dtype != DType::kInt32, name, " has type ", name_of(view.dtype),
+          "; expected float16, bfloat16, float32 or float64");
   require(element_bytes(view.dtype) > 0, name, " has the unknown type number ", static_cast<int>(view.dtype));
   for (int i = 0; i < view.rank; ++i) {
     const auto axis = static_cast<std::size_t>(i);
@@ -116,7 +117,47 @@ std::pair<const char*, const char*> byte_range(const TensorView& view) {
   return {first, first + (last + 1) * element_bytes(view.dtype)};
 }
 
+std::string text_of(ViewName name) { return name.part == nullptr ? name.name : text(name.name, ".", name.part); }
+
 }  // namespace
+
+void require_exact(const TensorView& view, ViewName name, DType dtype, std::initializer_list<std::int64_t> shape,
+                   const Device& device) {
+  // Texts are made only for a failure: this runs a dozen times in every call on a cache.
+  const bool fits = view.rank == static_cast<std::int32_t>(shape.size()) &&
+                    std::equal(shape.begin(), shape.end(), view.shape.begin());
+  if (!fits) {
+    std::array<std::int64_t, kMaxRank> expected{};
+    std::copy(shape.begin(), shape.end(), expected.begin());
+    throw InvalidArgument(text(text_of(name), " has shape ", shape_text(view), "; expected ",
+                               text_of(expected, static_cast<std::int32_t>(shape.size()))));
+  }
+  if (view.dtype != dtype) {
+    throw InvalidArgument(text(text_of(name), " is ", name_of(view.dtype), "; expected ", name_of(dtype)));
+  }
+  if (view.device != device) {
+    throw InvalidArgument(text(text_of(name), " is on ", device_text(view.device), "; expected ", device_text(device)));
+  }
+  const std::int64_t elements = view.num_elements();
+  if (elements == 0) return;
+  if (!view.is_contiguous()) {
+    throw InvalidArgument(text(text_of(name), " of shape ", shape_text(view), " has the strides ",
+                               text_of(view.strides, view.rank), "; it must be contiguous"));
+  }
+  if (view.data == nullptr)
+    throw InvalidArgument(text(text_of(name), " of shape ", shape_text(view), " has no memory"));
+}
+
+bool is_empty(const TensorView& view) noexcept {
+  return view.num_elements() == 0 || (view.rank == 0 && view.data == nullptr);
+}
+
+bool may_overlap(const TensorView& a, const TensorView& b) noexcept {
+  if (is_empty(a) || is_empty(b)) return false;
+  const auto [a_first, a_end] = byte_range(a);
+  const auto [b_first, b_end] = byte_range(b);
+  return a_first < b_end && b_first < a_end;
+}
 
 bool is_same_view(const TensorView& a, const TensorView& b) {
   if (a.data != b.data) return false;

@@ -12,12 +12,16 @@ std::uint32_t detect_cpu_features() noexcept {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2") &&
-                        __builtin_cpu_supports("popcnt");
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_vbmi2 = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                         __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq") &&
+                         __builtin_cpu_supports("gfni");
   if (has_avx2) features |= kFeatureAvx2;
   if (has_avx2 && has_avx512) features |= kFeatureAvx512;
+  if (has_avx2 && has_avx512 && has_vbmi2) features |= kFeatureAvx512Vbmi2;
 #endif
   return features;
 }
@@ -39,7 +43,11 @@ std::string cpu_features() {
   note(__builtin_cpu_supports("avx512bw"), "avx512bw");
   note(__builtin_cpu_supports("avx512dq"), "avx512dq");
   note(__builtin_cpu_supports("avx512vl"), "avx512vl");
+  note(__builtin_cpu_supports("avx512vbmi"), "avx512vbmi");
   note(__builtin_cpu_supports("avx512vbmi2"), "avx512vbmi2");
+  note(__builtin_cpu_supports("avx512bitalg"), "avx512bitalg");
+  note(__builtin_cpu_supports("avx512vpopcntdq"), "avx512vpopcntdq");
+  note(__builtin_cpu_supports("gfni"), "gfni");
   note(__builtin_cpu_supports("avx512vnni"), "avx512vnni");
   note(__builtin_cpu_supports("avx512bf16"), "avx512bf16");
 #endif

@@ -9,6 +9,8 @@ namespace kvpack {
 enum CpuFeature : std::uint32_t {
   kFeatureAvx2 = 1u << 0,    // avx2, fma, f16c, bmi2 and popcnt together: every AVX2 processor since Haswell and Zen
   kFeatureAvx512 = 1u << 1,  // avx512f, bw, dq and vl together: Skylake-X and later, Zen 4 and later
+  // avx512vbmi, vbmi2, bitalg, vpopcntdq and gfni on top of kFeatureAvx512: Ice Lake and later, Zen 4 and later
+  kFeatureAvx512Vbmi2 = 1u << 2,
 };
 
 /// The bits that this machine has.

@@ -7,6 +7,7 @@
 #include "core/check.h"
 #include "dispatch/cuda_library.h"
 #include "evaluate/implementations.h"
+#include "formats/tile64/implementations.h"
 #include "prune/implementations.h"
 #include "quantize/implementations.h"
 
@@ -59,6 +60,9 @@ extern "C" __attribute__((visibility("default"))) const kvpack::CudaLibrary* kvp
   static const std::array rows{
       cuda_row<PruneFunction>(Operation::kPruneMagnitude, cuda::prune_magnitude),
       cuda_row<UniformFunction>(Operation::kSimulateUniform, cuda::simulate_uniform),
+      cuda_row<CompressTile64Function>(Operation::kCompressTile64, cuda::compress_tile64),
+      cuda_row<UnpackTile64Function>(Operation::kUnpackTile64, cuda::unpack_tile64),
+      cuda_row<CheckTile64Function>(Operation::kCheckTile64, cuda::check_tile64),
       cuda_row<CompareTensorsFunction>(Operation::kCompareTensors, cuda::compare_tensors),
       cuda_row<CompareLogitsFunction>(Operation::kCompareLogits, cuda::compare_logits),
   };

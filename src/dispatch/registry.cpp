@@ -6,9 +6,11 @@
 #include <mutex>
 #include <optional>
 
+#include "attend/implementations.h"
 #include "core/check.h"
 #include "dispatch/cpu_features.h"
 #include "evaluate/implementations.h"
+#include "formats/tile64/implementations.h"
 #include "kvpack/dispatch.h"
 #include "prune/implementations.h"
 #include "quantize/implementations.h"
@@ -18,8 +20,9 @@ namespace kvpack {
 namespace {
 
 constexpr std::uint32_t kNothing = 0;
-constexpr std::array kOperations{Operation::kPruneMagnitude, Operation::kSimulateUniform, Operation::kCompareTensors,
-                                 Operation::kCompareLogits};
+constexpr std::array kOperations{Operation::kPruneMagnitude, Operation::kSimulateUniform, Operation::kCompressTile64,
+                                 Operation::kUnpackTile64,   Operation::kCheckTile64,     Operation::kMultiplyTile64,
+                                 Operation::kAttendTile64,   Operation::kCompareTensors,  Operation::kCompareLogits};
 
 /// A row of the CPU side. Naming the operation's type makes the compiler check the function against it.
 template <typename Function>
@@ -34,6 +37,15 @@ const std::vector<Implementation>& cpu_rows() {
       cpu_row<PruneFunction>(Operation::kPruneMagnitude, "scalar", kNothing, scalar::prune_magnitude),
       cpu_row<UniformFunction>(Operation::kSimulateUniform, "reference", kNothing, reference::simulate_uniform),
       cpu_row<UniformFunction>(Operation::kSimulateUniform, "scalar", kNothing, scalar::simulate_uniform),
+      cpu_row<CompressTile64Function>(Operation::kCompressTile64, "reference", kNothing, reference::compress_tile64),
+      cpu_row<CompressTile64Function>(Operation::kCompressTile64, "scalar", kNothing, scalar::compress_tile64),
+      cpu_row<UnpackTile64Function>(Operation::kUnpackTile64, "reference", kNothing, reference::unpack_tile64),
+      cpu_row<UnpackTile64Function>(Operation::kUnpackTile64, "scalar", kNothing, scalar::unpack_tile64),
+      cpu_row<CheckTile64Function>(Operation::kCheckTile64, "reference", kNothing, reference::check_tile64),
+      cpu_row<MultiplyTile64Function>(Operation::kMultiplyTile64, "reference", kNothing, reference::multiply_tile64),
+      cpu_row<MultiplyTile64Function>(Operation::kMultiplyTile64, "scalar", kNothing, scalar::multiply_tile64),
+      cpu_row<AttendTile64Function>(Operation::kAttendTile64, "reference", kNothing, reference::attend_tile64),
+      cpu_row<AttendTile64Function>(Operation::kAttendTile64, "scalar", kNothing, scalar::attend_tile64),
       cpu_row<CompareTensorsFunction>(Operation::kCompareTensors, "reference", kNothing, reference::compare_tensors),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "reference", kNothing, reference::compare_logits),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "scalar", kNothing, scalar::compare_logits),
@@ -42,6 +54,16 @@ const std::vector<Implementation>& cpu_rows() {
       cpu_row<PruneFunction>(Operation::kPruneMagnitude, "avx512", kFeatureAvx512, avx512::prune_magnitude),
       cpu_row<UniformFunction>(Operation::kSimulateUniform, "avx2", kFeatureAvx2, avx2::simulate_uniform),
       cpu_row<UniformFunction>(Operation::kSimulateUniform, "avx512", kFeatureAvx512, avx512::simulate_uniform),
+      cpu_row<CompressTile64Function>(Operation::kCompressTile64, "avx2", kFeatureAvx2, avx2::compress_tile64),
+      cpu_row<CompressTile64Function>(Operation::kCompressTile64, "avx512", kFeatureAvx512Vbmi2,
+                                      avx512::compress_tile64),
+      cpu_row<UnpackTile64Function>(Operation::kUnpackTile64, "avx2", kFeatureAvx2, avx2::unpack_tile64),
+      cpu_row<UnpackTile64Function>(Operation::kUnpackTile64, "avx512", kFeatureAvx512Vbmi2, avx512::unpack_tile64),
+      cpu_row<MultiplyTile64Function>(Operation::kMultiplyTile64, "avx2", kFeatureAvx2, avx2::multiply_tile64),
+      cpu_row<MultiplyTile64Function>(Operation::kMultiplyTile64, "avx512", kFeatureAvx512Vbmi2,
+                                      avx512::multiply_tile64),
+      cpu_row<AttendTile64Function>(Operation::kAttendTile64, "avx2", kFeatureAvx2, avx2::attend_tile64),
+      cpu_row<AttendTile64Function>(Operation::kAttendTile64, "avx512", kFeatureAvx512Vbmi2, avx512::attend_tile64),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "avx2", kFeatureAvx2, avx2::compare_logits),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "avx512", kFeatureAvx512, avx512::compare_logits),
 #endif
@@ -59,6 +81,9 @@ bool runs_here(const Implementation& row) {
 }
 
 std::string needs_text(std::uint32_t needs) {
+  if (needs & kFeatureAvx512Vbmi2) {
+    return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vbmi avx512vbmi2 avx512bitalg avx512vpopcntdq gfni";
+  }
   if (needs & kFeatureAvx512) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl";
   if (needs & kFeatureAvx2) return "avx2 fma f16c bmi2 popcnt";
   return "";
@@ -156,6 +181,16 @@ const char* name_of(Operation operation) noexcept {
       return "prune_magnitude";
     case Operation::kSimulateUniform:
       return "simulate_uniform";
+    case Operation::kCompressTile64:
+      return "compress_tile64";
+    case Operation::kUnpackTile64:
+      return "unpack_tile64";
+    case Operation::kCheckTile64:
+      return "check_tile64";
+    case Operation::kMultiplyTile64:
+      return "multiply_tile64";
+    case Operation::kAttendTile64:
+      return "attend_tile64";
     case Operation::kCompareTensors:
       return "compare_tensors";
     case Operation::kCompareLogits:

@@ -9,7 +9,17 @@
 
 namespace kvpack {
 
-enum class Operation : std::int32_t { kPruneMagnitude, kSimulateUniform, kCompareTensors, kCompareLogits };
+enum class Operation : std::int32_t {
+  kPruneMagnitude,
+  kSimulateUniform,
+  kCompressTile64,
+  kUnpackTile64,
+  kCheckTile64,
+  kMultiplyTile64,
+  kAttendTile64,
+  kCompareTensors,
+  kCompareLogits,
+};
 
 /// The name in public text: "prune_magnitude", ...
 const char* name_of(Operation operation) noexcept;

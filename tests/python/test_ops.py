@@ -102,7 +102,8 @@ def test_out_is_written_and_returned():
         (lambda x: ops.simulate_uniform(x, 4, axis="sideways"), ValueError, "'sideways'"),
         (lambda x: ops.simulate_uniform(x, 4, axis="per_token", group=0), ValueError, "group is 0"),
         (lambda x: ops.simulate_uniform(x.long(), 4, axis="per_token"), ValueError, "int64"),
-        (lambda x: ops.simulate_uniform(x.int(), 4, axis="per_token"), TypeError, "int32"),
+        (lambda x: ops.simulate_uniform(x.int(), 4, axis="per_token"), ValueError, "int32"),
+        (lambda x: ops.simulate_uniform(x.short(), 4, axis="per_token"), TypeError, "int16"),
         (lambda x: ops.simulate_uniform([1.0], 4, axis="per_token"), TypeError, "list"),
         (
             lambda x: ops.simulate_uniform(x, 4, axis="per_token", out=x[:3]),
@@ -129,3 +130,6 @@ def test_structures_have_the_sizes_of_c_abi_h():
     assert _native.TENSOR.size == 88
     assert ctypes.sizeof(_native.PruneOptions) == 40
     assert ctypes.sizeof(_native.UniformOptions) == 48
+    assert _native.TILE64.size + 6 * _native.TENSOR.size == 552
+    assert ctypes.sizeof(_native.Tile64Options) == 32
+    assert ctypes.sizeof(_native.AttendOptions) == 24

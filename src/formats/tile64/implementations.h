@@ -26,7 +26,9 @@ struct Tile64Data {
   float* zeros = nullptr;             // [batches, tiles] for codes, else null
 
   /// int32 numbers between the offsets of two batches.
-  [[nodiscard]] KVPACK_HOST_DEVICE std::int64_t offsets_stride() const { return bits == kUnquantizedBits ? tiles + 1 : tiles; }
+  [[nodiscard]] KVPACK_HOST_DEVICE std::int64_t offsets_stride() const {
+    return bits == kUnquantizedBits ? tiles + 1 : tiles;
+  }
 };
 
 /// The dense side: batches of [tokens, head_dim] with adjacent channels. Batch b is sequence b div heads, head b mod heads.
@@ -58,15 +60,16 @@ struct UnpackTile64Problem {
   void* stream = nullptr;
 };
 
-/// What is wrong with tiles, if anything.
+/// What is wrong with tiles, if anything. Of one tile the first that applies in this order; offsets_stride() places of a
+/// batch are looked at, so that for 16 bits the last offset counts as tile T, of which only the first two are asked.
 enum class Tile64Fault : std::int32_t {
   kNone = 0,
-  kOffsetBackwards,  // actual: offset of this tile; expected: at least the end of the tile before
-  kPastTheEnd,       // actual: end of the tile; expected: at most the payload's capacity
-  kCountDisagrees,   // actual: elements between this offset and the next; expected: what the bitmap's count takes
-  kGridNotFinite,    // scale or zero
-  kZeroNotWhole,     // zero is no whole number
-  kStartNegative,    // starts[b] or an offset below 0
+  kOffsetBackwards,  // actual: this offset; expected: at least the one before (codes: also that of the batch before)
+  kPastTheEnd,       // actual: element of the payload where the tile ends; expected: at most the payload's capacity
+  kCountDisagrees,  // actual: elements between this offset and the next, if not backwards; expected: what the bitmap takes
+  kGridNotFinite,  // actual: the float32's bits; expected: 0 if it is the scale, 1 if it is the zero
+  kZeroNotWhole,   // actual: the float32's bits
+  kStartNegative,  // comes first. actual: starts[b] (of tile 0) or else the offset; expected: 0
 };
 
 /// The first fault in order of batch and tile.
@@ -84,7 +87,9 @@ struct CheckTile64Problem {
   void* stream = nullptr;
 };
 
-/// Compresses; the CPU throws InvalidArgument when the payload is too small, before it writes.
+/// Compresses; an element survives in the bitmap when it is not zero as x holds it, even if float16 rounds it to 0.
+/// Batches and tokens may be 0: starts, the last offsets and `used` are written all the same. What lies in the payload
+/// behind `used` is open. The CPU throws InvalidArgument when the payload is too small, before it writes.
 using CompressTile64Function = void (*)(const CompressTile64Problem&);
 using UnpackTile64Function = void (*)(const UnpackTile64Problem&);
 using CheckTile64Function = Tile64Finding (*)(const CheckTile64Problem&);
