@@ -2,12 +2,16 @@
 // into slots of their own, add up the blocks' sizes, move every block to its place. No block waits for another one.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "cuda/buffer.h"
 #include "cuda/check.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "formats/tile64/check_cuda.cuh"
 #include "formats/tile64/pack_cuda.cuh"
+#include "formats/tile64/pack_halves_cuda.cuh"
 #include "formats/tile64/place_cuda.cuh"
 #include "formats/tile64/unpack_cuda.cuh"
 
@@ -37,10 +41,46 @@ void launch_pack_any(const CompressTile64Problem& problem, const PackWorkspace& 
           problem, workspace);
 }
 
+/// Where the search for a threshold begins, from a normal distribution: it only decides how many steps are needed.
+SearchHint search_hint(const CompressTile64Problem& problem, int mantissa_bits) {
+  constexpr double kMeanMagnitude = 0.7978845608;  // of a standard normal number
+  const auto entries = static_cast<double>(problem.out.head_dim);
+  const double kept = static_cast<double>(problem.rank_from_top) / entries;
+  double low = 1e-3;
+  double high = 6.0;
+  for (int step = 0; step < 30; ++step) {  // the magnitude above which `kept` of all lie
+    const double middle = 0.5 * (low + high);
+    (std::erfc(middle * std::sqrt(0.5)) > kept ? low : high) = middle;
+  }
+  // A rank is about 2^mantissa_bits * log2(magnitude).
+  const double density = kMeanMagnitude * std::exp(-0.5 * low * low);
+  const double counts_per_rank = entries * density * low * std::log(2.0) / std::exp2(mantissa_bits);
+  return {static_cast<float>(low / kMeanMagnitude), static_cast<float>(std::max(1.0, 1.25 / counts_per_rank))};
+}
+
+template <int kHeadDim, MmaType kType>
+void launch_pack_halves(const CompressTile64Problem& problem, const PackWorkspace& workspace) {
+  pack_halves_kernel<kHeadDim, kType>
+      <<<grid_blocks(workspace.blocks), kHeadDim, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+          problem, workspace, search_hint(problem, PackedPair<kType>::kMantissaBits));
+}
+
+template <int kHeadDim>
+void launch_pack_as(const CompressTile64Problem& problem, const PackWorkspace& workspace) {
+  const DenseMatrices& x = problem.x;
+  const std::int64_t strides = x.sequence_stride | x.head_stride | x.token_stride;  // of 8 halves each, or not
+  const bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % sizeof(uint4) == 0 && strides % kUnitHalves == 0;
+  if (x.dtype == DType::kFloat32 || problem.channel_scores != nullptr || !is_aligned) {
+    return launch_pack_any<kHeadDim / kWarpLanes>(problem, workspace);
+  }
+  if (x.dtype == DType::kFloat16) return launch_pack_halves<kHeadDim, MmaType::kHalf>(problem, workspace);
+  launch_pack_halves<kHeadDim, MmaType::kBFloat16>(problem, workspace);
+}
+
 void launch_pack(const CompressTile64Problem& problem, const PackWorkspace& workspace) {
-  if (problem.out.head_dim == 64) return launch_pack_any<2>(problem, workspace);
-  if (problem.out.head_dim == 128) return launch_pack_any<4>(problem, workspace);
-  launch_pack_any<8>(problem, workspace);
+  if (problem.out.head_dim == 64) return launch_pack_as<64>(problem, workspace);
+  if (problem.out.head_dim == 128) return launch_pack_as<128>(problem, workspace);
+  launch_pack_as<256>(problem, workspace);
 }
 
 }  // namespace

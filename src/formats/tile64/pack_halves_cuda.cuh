@@ -1,0 +1,314 @@
+// The fast kernel that compresses 16-bit inputs: four lanes share a tile, and everything stays in registers and shared
+// memory between one read of x and one write of a block's payload.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/tile64/pack_cuda.cuh"
+#include "formats/tile64/prune_runs_cuda.cuh"
+
+namespace kvpack::cuda {
+
+/// Halves between two tiles in shared memory: 64 survivors, and 8 more so that 16-byte accesses hit all banks.
+inline constexpr int kStagedTile = kTileSize + 8;
+
+/// What a block of tokens has in shared memory.
+template <int kHeadDim>
+struct alignas(16) PackShared {
+  /// First the pruned rows, [64][kHeadDim + 8]; later each tile's survivors, [kHeadDim][kStagedTile].
+  std::uint16_t halves[kHeadDim * kStagedTile];
+  float4 grids[kHeadDim];         // scale, zero, 1/scale, how near to a boundary a code must be computed exactly
+  std::uint32_t tiles[kHeadDim];  // survivors; then also 256 times the payload units before the tile
+};
+
+/// Row of shared memory for a token: eight tokens that one 8x8 matrix takes are neighbours, so that its columns give
+/// lane part p the tokens 16p + 2m and 16p + 2m + 1 of matrix m.
+///   token  0 1 16 17 32 33 48 49 2 3 18 ...      row  0 1 2 3 4 5 6 7 8 9 10 ...
+__device__ inline int row_of_token(int token) { return (token >> 1 & 7) * 8 + (token >> 4) * 2 + (token & 1); }
+
+/// Loads a lane's runs; tokens that fill up the last block are zeros.
+template <int kHeadDim>
+__device__ void load_runs(Runs& x, const CompressTile64Problem& problem, std::int64_t batch, std::int64_t block) {
+  using Shape = RunShape<kHeadDim>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int first_row = static_cast<int>(threadIdx.x) / kWarpLanes * Shape::kRowsPerWarp + lane / kRunParts;
+  const auto* data = static_cast<const std::uint16_t*>(problem.x.data) + matrix_start(problem.x, batch) +
+                     lane % kRunParts * kRunElements;
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) {
+    const std::int64_t token = block * kTileElements + first_row + 8 * (j / Shape::kRunsPerRow);
+    uint4 low = make_uint4(0, 0, 0, 0);
+    uint4 high = low;
+    if (token < problem.out.tokens) {
+      const auto* run =
+          reinterpret_cast<const uint4*>(data + token * problem.x.token_stride + j % Shape::kRunsPerRow * kTileSize);
+      low = __ldg(run);
+      high = __ldg(run + 1);
+    }
+    x[j][0] = low.x, x[j][1] = low.y, x[j][2] = low.z, x[j][3] = low.w;
+    x[j][4] = high.x, x[j][5] = high.y, x[j][6] = high.z, x[j][7] = high.w;
+  }
+}
+
+/// Where a lane's run lies in the rows of shared memory, as a half.
+template <int kHeadDim>
+__device__ int staged_run(int j) {
+  using Shape = RunShape<kHeadDim>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int token = static_cast<int>(threadIdx.x) / kWarpLanes * Shape::kRowsPerWarp + lane / kRunParts +
+                    8 * (j / Shape::kRunsPerRow);
+  return row_of_token(token) * (kHeadDim + 8) + j % Shape::kRunsPerRow * kTileSize + lane % kRunParts * kRunElements;
+}
+
+/// Prunes a lane's runs and writes them to the rows of shared memory. Ties that must go are erased there, one by one:
+/// they are few.
+template <int kHeadDim, MmaType kType>
+__device__ void prune_and_stage(Runs& x, const CompressTile64Problem& problem, SearchHint hint,
+                                PackShared<kHeadDim>& shared) {
+  using Shape = RunShape<kHeadDim>;
+  std::uint32_t surplus[kRuns] = {};
+  bool has_ties = false;
+  if (problem.prunes && problem.rank_from_top < kHeadDim) {
+    const RowCut cut = find_row_cut<kHeadDim, kType>(x, static_cast<float>(problem.rank_from_top), problem.rule, hint);
+    has_ties = __any_sync(kAllLanes, cut.num_ties > 0.0f) != 0;
+    if (has_ties) find_surplus_ties<kHeadDim, kType>(surplus, x, cut);
+    const std::uint32_t limit =
+        (static_cast<std::uint32_t>(cut.num_ties > 0.0f ? cut.tied : cut.at_least) - 1u) * 0x10001u;
+#pragma unroll
+    for (int r = 0; r < Shape::kRows; ++r) {
+      const std::uint32_t row_limit = __shfl_sync(kAllLanes, limit, r * kRunParts / Shape::kRows, kRunParts);
+#pragma unroll
+      for (int j = r * Shape::kRunsPerRow; j < (r + 1) * Shape::kRunsPerRow; ++j) {
+#pragma unroll
+        for (int w = 0; w < kRunWords; ++w) x[j][w] &= mask_above<kType>(x[j][w], row_limit);
+      }
+    }
+  }
+  if (problem.out.kind == CacheKind::kValue && !has_ties) return;  // a run is already what its lane will pack
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) {
+    auto* run = reinterpret_cast<uint4*>(shared.halves + staged_run<kHeadDim>(j));
+    run[0] = make_uint4(x[j][0], x[j][1], x[j][2], x[j][3]);
+    run[1] = make_uint4(x[j][4], x[j][5], x[j][6], x[j][7]);
+  }
+  if (!has_ties) return;
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) {
+    for (; surplus[j] != 0; surplus[j] &= surplus[j] - 1) {
+      shared.halves[staged_run<kHeadDim>(j) + kRunElements - __ffs(static_cast<int>(surplus[j]))] = 0;
+    }
+  }
+  if (problem.out.kind == CacheKind::kKey) return;
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) {  // written by this thread
+    const auto* run = reinterpret_cast<const uint4*>(shared.halves + staged_run<kHeadDim>(j));
+    const uint4 low = run[0];
+    const uint4 high = run[1];
+    x[j][0] = low.x, x[j][1] = low.y, x[j][2] = low.z, x[j][3] = low.w;
+    x[j][4] = high.x, x[j][5] = high.y, x[j][6] = high.z, x[j][7] = high.w;
+  }
+}
+
+/// Reads runs along tokens: run j becomes tokens 16*part .. of channel 32*warp + 8*j + g.
+template <int kHeadDim>
+__device__ void load_channels(Runs& x, const PackShared<kHeadDim>& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int first = static_cast<int>(threadIdx.x) / kWarpLanes * kWarpLanes;
+  // Lane l names row l % 8 of matrix l / 8 of the four that one instruction loads.
+  const std::uint32_t address = shared_address(shared.halves + lane * (kHeadDim + 8) + first);
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      std::uint32_t words[4];
+      const int halves = half * kWarpLanes * (kHeadDim + 8) + 8 * j;
+      load_matrices_transposed(words, address + static_cast<std::uint32_t>(halves) * 2u);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) x[j][4 * half + w] = words[w];
+    }
+  }
+}
+
+/// Writes bitmaps, and each tile's survivors behind one another to shared memory; returns with tiles[] counted.
+template <int kHeadDim, MmaType kType>
+__device__ void scatter_survivors(const Runs& x, const Tile64Data& out, std::int64_t first_tile,
+                                  PackShared<kHeadDim>& shared) {
+  using Shape = RunShape<kHeadDim>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+  const int part = lane % kRunParts;
+  std::uint32_t bits[kRuns];
+  find_run_bits<kType>(bits, [&](int j, int w) { return ones_above<kType>(x[j][w], 0u); });
+  std::uint32_t counts = 0;
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) counts |= static_cast<std::uint32_t>(__popc(bits[j])) << (8 * j);
+  const PartSums sums = sum_parts(counts);
+  auto* pieces = reinterpret_cast<std::uint16_t*>(out.bitmaps + first_tile);
+  std::uint16_t* targets[kRuns];
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) {
+    const int row = warp * Shape::kRowsPerWarp + 8 * (j / Shape::kRunsPerRow) + lane / kRunParts;
+    const int tile = out.kind == CacheKind::kKey ? warp * kWarpLanes + 8 * j + lane / kRunParts
+                                                 : j % Shape::kRunsPerRow * kTileSize + row;
+    const int count = byte_of(sums.all, j);
+    pieces[tile * kRunParts + kRunParts - 1 - part] = static_cast<std::uint16_t>(bits[j]);
+    targets[j] = shared.halves + tile * kStagedTile;
+    if (part == 0) shared.tiles[tile] = static_cast<std::uint32_t>(count);
+    if (part == 0 && count % kUnitHalves != 0) {
+      reinterpret_cast<uint4*>(targets[j])[count / kUnitHalves] = make_uint4(0, 0, 0, 0);
+    }
+    targets[j] += byte_of(sums.before, j);
+  }
+  __syncwarp();  // zeros that fill up a unit come before the survivors in it
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) {
+#pragma unroll
+    for (int w = 0; w < kRunWords; ++w) {
+      if ((bits[j] >> (15 - 2 * w) & 1u) != 0) *targets[j]++ = static_cast<std::uint16_t>(x[j][w]);
+      if ((bits[j] >> (14 - 2 * w) & 1u) != 0) *targets[j]++ = static_cast<std::uint16_t>(x[j][w] >> 16);
+    }
+  }
+}
+
+/// A tile's grid, by one thread from its survivors in shared memory.
+template <MmaType kType>
+__device__ tile64_q::Grid packed_grid(const std::uint16_t* survivors, int count, int bits) {
+  if (count == 0) return {};
+  const std::uint32_t first = survivors[0] * 0x10001u;
+  std::uint32_t low = first;
+  std::uint32_t high = first;
+  for (int unit = 0; unit * kUnitHalves < count; ++unit) {
+    const uint4 words = reinterpret_cast<const uint4*>(survivors)[unit];
+    const std::uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int missing = unit * kUnitHalves + 2 * w + 2 - count;  // of this pair: at most 0 if none
+      std::uint32_t pair = pairs[w];
+      if (missing > 0) pair = missing == 1 ? (pair & 0xffffu) | (first & 0xffff0000u) : first;
+      low = pair_min<kType>(low, pair);
+      high = pair_max<kType>(high, pair);
+    }
+  }
+  low = pair_min<kType>(low, low >> 16 | low << 16);
+  high = pair_max<kType>(high, high >> 16 | high << 16);
+  return tile64_q::grid_of(lower_value<kType>(low), lower_value<kType>(high), bits);
+}
+
+/// The code of a survivor, equal to tile64_q::code_of: a product with 1/scale decides unless it comes near a boundary,
+/// where only the true quotient can.
+__device__ inline std::uint32_t quick_code(float value, float4 grid, int bits, int largest) {
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const float quotient = value * grid.z;
+  const float rounded = quotient + kWhole;
+  const float distance = fabsf(quotient - (rounded - kWhole));
+  if (!(distance < 0.5f - grid.w)) return tile64_q::code_of(value, {grid.x, grid.y}, bits);
+  const int code = __float_as_int(rounded + grid.y) - __float_as_int(kWhole);
+  return static_cast<std::uint32_t>(min(max(code, 0), largest));
+}
+
+/// Scale, zero, 1/scale and the margin of quick_code. The product errs by less than 2^-22 of the quotient, and so does
+/// the reference's own sum with 0.5; quotients stay below |zero| + 2^bits. A margin of 1 always asks for the quotient.
+__device__ inline float4 quick_grid(tile64_q::Grid grid, int bits) {
+  const float reach = fabsf(grid.zero) + static_cast<float>(1 << bits);
+  const bool is_plain = reach < 65536.0f && grid.scale > 1e-30f && grid.scale < 1e30f;
+  return make_float4(grid.scale, grid.zero, __frcp_rn(grid.scale), is_plain ? (reach + 1.0f) * 0x1p-20f : 1.0f);
+}
+
+/// Writes the codes of the 8 survivors of one unit, and of what fills up its word: bits bytes.
+template <MmaType kType>
+__device__ void write_unit_codes(const std::uint16_t* survivors, int count, int unit, float4 grid, int bits, int words,
+                                 std::uint8_t* target) {
+  std::uint64_t codes = 0;
+  if (unit * kUnitHalves < count) {
+    const int largest = (1 << bits) - 1;
+    const uint4 loaded = reinterpret_cast<const uint4*>(survivors)[unit];
+    const std::uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#pragma unroll
+    for (int w = 3; w >= 0; --w) {
+      const int place = unit * kUnitHalves + 2 * w;
+      const std::uint32_t upper =
+          place + 1 < count ? quick_code(upper_value<kType>(pairs[w]), grid, bits, largest) : 0u;
+      const std::uint32_t lower = place < count ? quick_code(lower_value<kType>(pairs[w]), grid, bits, largest) : 0u;
+      codes = codes << (2 * bits) | (upper << bits | lower);
+    }
+  }
+  std::uint8_t* piece = target + unit * bits;
+  if (bits == 1) *piece = static_cast<std::uint8_t>(codes);
+  if (bits == 2) *reinterpret_cast<std::uint16_t*>(piece) = static_cast<std::uint16_t>(codes);
+  if (bits >= 4) *reinterpret_cast<std::uint32_t*>(piece) = static_cast<std::uint32_t>(codes);
+  if (bits == 8 && 2 * unit + 1 < words) {
+    reinterpret_cast<std::uint32_t*>(piece)[1] = static_cast<std::uint32_t>(codes >> 32);
+  }
+}
+
+/// Prunes a block of 64 tokens and packs its tiles, as pack_any_kernel does.
+///
+///   x [64][128]  ->  rows, pruned, in registers: lane 4*g + part has 16 channels of four runs (prune_runs_cuda.cuh)
+///   keys         ->  shared memory  ->  the same registers along tokens: 16 tokens of four channels
+///   survivors    ->  shared memory, each tile's own 64 places: | 5 7 0 0 0 0 0 0 | (two of them, one unit)
+///   units        ->  slot: halves as they are, or the 8 codes of a unit
+///
+/// Launch  any number of blocks of kHeadDim threads
+/// Work    block i takes blocks of tokens i, i + gridDim.x, ...; 16 rows a warp, four lanes a tile
+/// Reads   x once, 16 bytes at a time
+/// Writes  bitmaps, scales, zeros; offsets within the block; the block's payload to its slot, its size to bases
+/// Needs   x of 16 bits on boundaries of 16 bytes, without channel scores; sm_80 for the product and the minima
+template <int kHeadDim, MmaType kType>
+__global__ void __launch_bounds__(kHeadDim)
+    pack_halves_kernel(CompressTile64Problem problem, PackWorkspace workspace, SearchHint hint) {
+  __shared__ PackShared<kHeadDim> shared;
+  const Tile64Data& out = problem.out;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (std::int64_t b = blockIdx.x; b < workspace.blocks; b += gridDim.x) {
+    const std::int64_t batch = b / workspace.blocks_per_batch;
+    const std::int64_t block = b % workspace.blocks_per_batch;
+    const std::int64_t first_tile = batch * out.tiles + block * kHeadDim;
+    std::uint8_t* slot = workspace.slots + b * workspace.slot_bytes;
+    {
+      Runs x;
+      load_runs<kHeadDim>(x, problem, batch, block);
+      prune_and_stage<kHeadDim, kType>(x, problem, hint, shared);
+      __syncthreads();
+      if (out.kind == CacheKind::kKey) {
+        load_channels<kHeadDim>(x, shared);
+        __syncthreads();  // survivors replace the rows
+      }
+      scatter_survivors<kHeadDim, kType>(x, out, first_tile, shared);
+    }
+    __syncthreads();
+    const int count = static_cast<int>(shared.tiles[thread]);
+    int total = 0;
+    const int place = exclusive_block_sum<kHeadDim>(tile_units(count, out.bits), &total);
+    if (thread == 0) workspace.bases[b] = total;
+    shared.tiles[thread] = static_cast<std::uint32_t>(count | place << 8);
+    out.offsets[batch * out.offsets_stride() + block * kHeadDim + thread] = offset_of_units(place, out.bits);
+    if (out.bits != kUnquantizedBits) {
+      const tile64_q::Grid grid = packed_grid<kType>(shared.halves + thread * kStagedTile, count, out.bits);
+      out.scales[first_tile + thread] = grid.scale;
+      out.zeros[first_tile + thread] = grid.zero;
+      shared.grids[thread] = quick_grid(grid, out.bits);
+    }
+    __syncthreads();
+    for (int tile = thread / kRunParts; tile < kHeadDim; tile += kHeadDim / kRunParts) {
+      const std::uint16_t* survivors = shared.halves + tile * kStagedTile;
+      const int tile_count = static_cast<int>(shared.tiles[tile] & 0xffu);
+      const int tile_place = static_cast<int>(shared.tiles[tile] >> 8);
+      const int units = tile_units(tile_count, out.bits);
+      if (out.bits == kUnquantizedBits) {
+        auto* target = reinterpret_cast<uint4*>(slot) + tile_place;
+        for (int u = thread % kRunParts; u < units; u += kRunParts) {
+          target[u] = reinterpret_cast<const uint4*>(survivors)[u];
+        }
+        continue;
+      }
+      const float4 grid = shared.grids[tile];
+      const int pieces = (units * tile64_q::kWordBits + 8 * out.bits - 1) / (8 * out.bits);  // 8 codes each
+      for (int u = thread % kRunParts; u < pieces; u += kRunParts) {
+        write_unit_codes<kType>(survivors, tile_count, u, grid, out.bits, units, slot + tile_place * 4);
+      }
+    }
+    __syncthreads();  // the next block of tokens
+  }
+}
+
+}  // namespace kvpack::cuda
