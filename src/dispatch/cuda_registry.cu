@@ -4,6 +4,7 @@
 #include <array>
 #include <string>
 
+#include "attend/implementations.h"
 #include "core/check.h"
 #include "dispatch/cuda_library.h"
 #include "evaluate/implementations.h"
@@ -63,6 +64,8 @@ extern "C" __attribute__((visibility("default"))) const kvpack::CudaLibrary* kvp
       cuda_row<CompressTile64Function>(Operation::kCompressTile64, cuda::compress_tile64),
       cuda_row<UnpackTile64Function>(Operation::kUnpackTile64, cuda::unpack_tile64),
       cuda_row<CheckTile64Function>(Operation::kCheckTile64, cuda::check_tile64),
+      cuda_row<MultiplyTile64Function>(Operation::kMultiplyTile64, cuda::multiply_tile64),
+      cuda_row<AttendTile64Function>(Operation::kAttendTile64, cuda::attend_tile64),
       cuda_row<CompareTensorsFunction>(Operation::kCompareTensors, cuda::compare_tensors),
       cuda_row<CompareLogitsFunction>(Operation::kCompareLogits, cuda::compare_logits),
   };

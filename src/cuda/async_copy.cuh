@@ -1,0 +1,22 @@
+// Copies from global to shared memory that run while the thread goes on (cp.async, sm_80 and later).
+#pragma once
+
+#include <cstdint>
+
+namespace kvpack::cuda {
+
+/// Starts a copy of one aligned word.
+__device__ inline void copy_word_async(std::uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+
+/// Ends this thread's current group of copies.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Waits until at most kPending of this thread's groups are still on their way.
+template <int kPending>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace kvpack::cuda
