@@ -16,16 +16,15 @@ namespace kvpack::cuda {
 
 namespace {
 
-MmaType mma_type(DType dtype) {
-  if (dtype == DType::kFloat16) return MmaType::kHalf;
-  if (dtype == DType::kBFloat16) return MmaType::kBFloat16;
-  throw Unsupported(text("attention on tiles on a GPU takes float16 and bfloat16, not ", name_of(dtype)));
-}
+/// The entry has refused everything but the two 16-bit types.
+MmaType mma_type(DType dtype) { return dtype == DType::kBFloat16 ? MmaType::kBFloat16 : MmaType::kHalf; }
+
+const char* half_name(DType dtype) { return dtype == DType::kBFloat16 ? "bfloat16" : "float16"; }
 
 /// 16-bit survivors go to the tensor cores as they are, so both sides must be of one type.
 void require_payload_type(const Tile64Data& tiles, DType dtype) {
   if (tiles.bits != kUnquantizedBits || tiles.payload_type == dtype) return;
-  throw Unsupported(text("tiles hold ", name_of(tiles.payload_type), " but the query is ", name_of(dtype),
+  throw Unsupported(text("tiles hold ", half_name(tiles.payload_type), " but the query is ", half_name(dtype),
                          "; on a GPU both must be the same"));
 }
 
