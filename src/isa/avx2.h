@@ -13,7 +13,7 @@ namespace kvpack::avx2 {
 namespace {
 
 inline constexpr int kLanes = 8;
-inline constexpr int kRegisters = 8;
+inline constexpr int kVectorsInFlight = 32;
 using F32 = __m256;
 using U32 = __m256i;
 using Mask = __m256;  // all bits of a lane set, or none

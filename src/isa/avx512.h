@@ -12,7 +12,7 @@ namespace kvpack::avx512 {
 namespace {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kRegisters = 16;
+inline constexpr int kVectorsInFlight = 32;
 using F32 = __m512;
 using U32 = __m512i;
 using Mask = __mmask16;

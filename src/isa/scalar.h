@@ -13,10 +13,10 @@ namespace kvpack::scalar {
 namespace {
 
 inline constexpr int kLanes = 1;
-inline constexpr int kRegisters = 1;  // vectors to hold at a time in unrolled loops
-using F32 = float;                    // kLanes floats
-using U32 = std::uint32_t;            // kLanes unsigned words, used below 2^31
-using Mask = std::uint32_t;           // one truth value a lane
+inline constexpr int kVectorsInFlight = 1;  // of several rows at a time: enough to hide latencies, in registers or not
+using F32 = float;                          // kLanes floats
+using U32 = std::uint32_t;                  // kLanes unsigned words, used below 2^31
+using Mask = std::uint32_t;                 // one truth value a lane
 
 // --- memory: one vector of a type, widened to float or rounded from it (RNE); float64 goes through float32 ---
 template <typename T>

@@ -12,6 +12,8 @@
 namespace kvpack::avx2 {
 namespace {
 
+inline constexpr bool kCompressIsCheap = false;
+
 inline int compress64(const std::uint16_t* source, std::uint64_t mask, std::uint16_t* target) {
   std::uint16_t* next = target;
   for (int i = 0; i < 64; i += 8) {

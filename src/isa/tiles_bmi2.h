@@ -21,12 +21,12 @@ inline std::uint64_t spread_mask(std::uint64_t mask) {
   }
 }
 
-template <int kBits>
+template <int kBits, int kElements>
 inline void pack_codes(const std::uint8_t* codes, std::uint64_t mask, std::uint8_t* target) {
-  constexpr int kGroup = 64 / kBits;  // codes of a 64-bit word
+  constexpr int kGroup = 64 / kBits < kElements ? 64 / kBits : kElements;  // codes of a 64-bit word
   std::uint64_t word = 0;
   int filled = 0;
-  for (int first = 0; first < 64; first += kGroup) {
+  for (int first = 0; first < kElements; first += kGroup) {
     std::uint64_t dense = 0;
     for (int i = 0; i < kGroup; i += 8) {
       std::uint64_t bytes;
@@ -68,31 +68,48 @@ inline void unpack_codes(const std::uint8_t* source, std::uint64_t mask, std::ui
   }
 }
 
+/// transpose8 of 16 columns of 16 bits: the low halves of the vectors hold columns 0 .. 7, the high ones 8 .. 15.
+inline void transpose_words(const std::uint16_t* source, std::int64_t source_stride, std::uint16_t* target,
+                            std::int64_t target_stride) {
+  __m256i rows[8];
+  __m256i pairs[8];
+  __m256i quads[8];
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i * source_stride));
+  }
+  for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = _mm256_unpacklo_epi16(rows[2 * i], rows[2 * i + 1]);      // columns 0 .. 3 of two rows
+    pairs[2 * i + 1] = _mm256_unpackhi_epi16(rows[2 * i], rows[2 * i + 1]);  // columns 4 .. 7
+  }
+  for (int half = 0; half < 2; ++half) {  // rows 0 .. 3, then 4 .. 7
+    for (int side = 0; side < 2; ++side) {
+      const __m256i first = pairs[4 * half + side];
+      const __m256i second = pairs[4 * half + 2 + side];
+      quads[4 * half + 2 * side] = _mm256_unpacklo_epi32(first, second);
+      quads[4 * half + 2 * side + 1] = _mm256_unpackhi_epi32(first, second);
+    }
+  }
+  const auto store_column = [&](int column, __m256i words) {
+    auto* to = target + column * target_stride;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(words));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * target_stride), _mm256_extracti128_si256(words, 1));
+  };
+  for (int i = 0; i < 4; ++i) {
+    store_column(2 * i, _mm256_unpacklo_epi64(quads[i], quads[i + 4]));
+    store_column(2 * i + 1, _mm256_unpackhi_epi64(quads[i], quads[i + 4]));
+  }
+}
+
 template <typename T>
-inline void transpose8(const T* source, std::int64_t source_stride, T* target, std::int64_t target_stride) {
+inline void transpose8(const T* source, std::int64_t source_stride, int num_columns, T* target,
+                       std::int64_t target_stride) {
   if constexpr (sizeof(T) == 2) {
-    __m128i rows[8], pairs[8], quads[8];
-    for (int i = 0; i < 8; ++i) rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i * source_stride));
-    for (int i = 0; i < 4; ++i) {
-      pairs[2 * i] = _mm_unpacklo_epi16(rows[2 * i], rows[2 * i + 1]);      // columns 0 .. 3 of two rows
-      pairs[2 * i + 1] = _mm_unpackhi_epi16(rows[2 * i], rows[2 * i + 1]);  // columns 4 .. 7
-    }
-    for (int half = 0; half < 2; ++half) {  // rows 0 .. 3, then 4 .. 7
-      for (int side = 0; side < 2; ++side) {
-        const __m128i first = pairs[4 * half + side];
-        const __m128i second = pairs[4 * half + 2 + side];
-        quads[4 * half + 2 * side] = _mm_unpacklo_epi32(first, second);
-        quads[4 * half + 2 * side + 1] = _mm_unpackhi_epi32(first, second);
-      }
-    }
-    for (int i = 0; i < 4; ++i) {
-      T* even = target + 2 * i * target_stride;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(even), _mm_unpacklo_epi64(quads[i], quads[i + 4]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(even + target_stride), _mm_unpackhi_epi64(quads[i], quads[i + 4]));
+    for (int column = 0; column < num_columns; column += 16) {
+      transpose_words(&source[column].bits, source_stride, &target[column * target_stride].bits, target_stride);
     }
   } else {
-    for (int row = 0; row < 8; row += 4) {
-      for (int column = 0; column < 8; column += 4) {
+    for (int column = 0; column < num_columns; column += 4) {
+      for (int row = 0; row < 8; row += 4) {
         const T* from = source + row * source_stride + column;
         T* to = target + column * target_stride + row;
         __m128 a = _mm_loadu_ps(from);

@@ -14,6 +14,9 @@ namespace {
 /// Elements of room that compress64 needs at its target, and expand64 at its source.
 inline constexpr int kTileRoom = 72;
 
+/// Whether compressing elements before other work on them saves time.
+inline constexpr bool kCompressIsCheap = true;
+
 /// Writes the elements of set bits next to each other and zeros up to a multiple of 8; what is behind them in the
 /// target's kTileRoom elements is undefined. Returns how many are set.
 inline int compress64(const std::uint16_t* source, std::uint64_t mask, std::uint16_t* target) {
@@ -32,8 +35,9 @@ inline void expand64(const std::uint16_t* source, std::uint64_t mask, std::uint1
   }
 }
 
-/// Writes the low kBits of each byte of a set bit, first in the lowest bits; zeros up to the next 64-bit word.
-template <int kBits>
+/// Writes the low kBits of each byte of a set bit among the first kElements, first in the lowest bits; zeros up to the
+/// next 64-bit word. Bits of further elements are clear.
+template <int kBits, int kElements>
 inline void pack_codes(const std::uint8_t* codes, std::uint64_t mask, std::uint8_t* target) {
   std::uint64_t word = 0;
   int filled = 0;
@@ -61,10 +65,11 @@ inline void unpack_codes(const std::uint8_t* source, std::uint64_t mask, std::ui
   }
 }
 
-/// Writes rows of 8 elements as columns.
+/// Writes 8 rows as columns; num_columns is a multiple of 16.
 template <typename T>
-inline void transpose8(const T* source, std::int64_t source_stride, T* target, std::int64_t target_stride) {
-  for (int column = 0; column < 8; ++column) {
+inline void transpose8(const T* source, std::int64_t source_stride, int num_columns, T* target,
+                       std::int64_t target_stride) {
+  for (int column = 0; column < num_columns; ++column) {
     for (int row = 0; row < 8; ++row) target[column * target_stride + row] = source[row * source_stride + column];
   }
 }

@@ -112,7 +112,7 @@ inline void mask_rows_of_words(const T* x, std::int64_t token_stride, int num_ro
                                std::int64_t row_stride, std::uint64_t* masks) {
   constexpr int kVectors = kHeadDim / kLanes16;
   constexpr int kWords = kHeadDim / 64;
-  constexpr int kRows = kVectors < kRegisters ? kRegisters / kVectors : 1;
+  constexpr int kRows = kVectors < kVectorsInFlight ? kVectorsInFlight / kVectors : 1;
   const U16 nan_rank = set1_u16(nan_rank_of(T{}));
   for (int first = 0; first < num_rows; first += kRows) {
     U16 ranks[kRows][kVectors];

@@ -9,55 +9,29 @@
 
 #include "core/check.h"
 #include "core/parallel.h"
-#include "formats/tile64_f16/layout.h"
-#include "formats/tile64_q/layout.h"
 
 namespace kvpack::tile64 {
 
 namespace {
 
-/// Payload elements that a tile reads, as the bytes describe it: [first, end).
-struct Range {
-  std::int64_t first;
-  std::int64_t end;
-};
-
-Range range_of(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile) {
-  const std::int64_t count = std::popcount(tiles.bitmaps[batch * tiles.tiles + tile]);
-  const std::int32_t offset = tiles.offsets[batch * tiles.offsets_stride() + tile];
-  if (tiles.bits != kUnquantizedBits) return {offset, offset + tile64_q::tile_words(count, tiles.bits)};
-  const std::int64_t first = tile64_f16::first_half(tiles.starts[batch], offset);
-  return {first, first + count};
-}
-
-void require_inside(const Tile64Data& tiles) {
+void require_inside(const Tile64Data& tiles, FindOutside find_outside) {
   constexpr std::int64_t kNone = -1;
-  std::atomic<std::int64_t> bad_tile{kNone};
+  std::atomic<std::int64_t> outside{kNone};  // one of them, counted through all batches
   const std::int64_t blocks = tiles.tiles / tiles.head_dim;
   auto check_block = [&](std::int64_t task) {
-    const std::int64_t batch = task / blocks;
-    for (std::int64_t i = 0; i < tiles.head_dim; ++i) {
-      const std::int64_t tile = task % blocks * tiles.head_dim + i;
-      const Range range = range_of(tiles, batch, tile);
-      // Without survivors nothing is read, wherever the tile points.
-      if (range.first == range.end) continue;
-      if (range.first < 0 || range.end > tiles.payload_capacity) bad_tile.store(batch * tiles.tiles + tile);
-    }
+    const std::int64_t tile = find_outside(tiles, {task / blocks, task % blocks});
+    if (tile >= 0) outside.store(task / blocks * tiles.tiles + tile);
   };
   parallel_for(tiles.batches * blocks, check_block);
-  if (bad_tile.load() == kNone) return;
-  const std::int64_t batch = bad_tile.load() / tiles.tiles;
-  const std::int64_t tile = bad_tile.load() % tiles.tiles;
-  const Range range = range_of(tiles, batch, tile);
+  if (outside.load() == kNone) return;
+  const std::int64_t batch = outside.load() / tiles.tiles;
+  const std::int64_t tile = outside.load() % tiles.tiles;
+  const PayloadRange range = range_of(tiles, batch, tile, std::popcount(tiles.bitmaps[outside.load()]));
   throw InvalidArgument(text("tile ", tile, " of batch ", batch, " takes payload elements ", range.first, " to ",
                              range.end, "; the payload has ", tiles.payload_capacity));
 }
 
 }  // namespace
-
-std::int64_t tile_elements(std::int32_t bits, std::int64_t count) {
-  return bits == kUnquantizedBits ? tile64_f16::tile_halves(count) : tile64_q::tile_words(count, bits);
-}
 
 void compress_blocks(const CompressTile64Problem& problem, MaskBlock mask_block, WriteBlock write_block) {
   const Tile64Data& out = problem.out;
@@ -94,9 +68,9 @@ void compress_blocks(const CompressTile64Problem& problem, MaskBlock mask_block,
   if (problem.used != nullptr) *problem.used = ends.back();
 }
 
-void unpack_blocks(const UnpackTile64Problem& problem, UnpackBlock unpack_block) {
+void unpack_blocks(const UnpackTile64Problem& problem, FindOutside find_outside, UnpackBlock unpack_block) {
   const Tile64Data& tiles = problem.tiles;
-  require_inside(tiles);
+  require_inside(tiles, find_outside);
   const std::int64_t blocks = tiles.tiles / tiles.head_dim;
   auto unpack_task = [&](std::int64_t task) { unpack_block(problem, {task / blocks, task % blocks}); };
   parallel_for(tiles.batches * blocks, unpack_task);

@@ -102,7 +102,10 @@ std::int64_t mask_block(const CompressTile64Problem& problem, tile64::Block bloc
       part_masks[t] &= t < num_rows ? nonzero_mask(row_of<const T>(problem.x, block, t) + part * kTile) : 0;
     }
     if (out.kind == CacheKind::kKey) transpose_bits(part_masks);
-    for (int t = 0; t < kTile; ++t) elements += tile64::tile_elements(out.bits, std::popcount(part_masks[t]));
+    for (int t = 0; t < kTile; ++t) {
+      const int count = std::popcount(part_masks[t]);
+      elements += out.bits == kUnquantizedBits ? tile64_f16::tile_halves(count) : tile64_q::tile_words(count, out.bits);
+    }
   }
   return elements;
 }
@@ -113,9 +116,7 @@ inline void transpose_rows(const DenseMatrices& x, tile64::Block block, int num_
                            T* target) {
   const T* rows = row_of<const T>(x, block, 0);
   for (int t = 0; t < num_rows / 8 * 8; t += 8) {
-    for (std::int64_t c = 0; c < head_dim; c += 8) {
-      transpose8(rows + t * x.token_stride + c, x.token_stride, target + c * kTile + t, kTile);
-    }
+    transpose8(rows + t * x.token_stride, x.token_stride, static_cast<int>(head_dim), target + t, kTile);
   }
   for (std::int64_t c = 0; num_rows < kTile && c < head_dim; ++c) {
     for (int t = num_rows / 8 * 8; t < kTile; ++t) {
@@ -204,6 +205,17 @@ void write_block(const CompressTile64Problem& problem, tile64::Block block, cons
   for (std::int64_t i = 0; i < out.head_dim; ++i) bitmaps[i] = reverse_bits(masks[i]);
 }
 
+inline std::int64_t find_outside(const Tile64Data& tiles, tile64::Block block) {
+  for (std::int64_t i = 0; i < tiles.head_dim; ++i) {
+    const std::int64_t tile = block.index * tiles.head_dim + i;
+    const int count = std::popcount(tiles.bitmaps[block.batch * tiles.tiles + tile]);
+    const tile64::PayloadRange range = tile64::range_of(tiles, block.batch, tile, count);
+    // Without survivors nothing is read, wherever the tile points.
+    if (count > 0 && (range.first < 0 || range.end > tiles.payload_capacity)) return tile;
+  }
+  return -1;
+}
+
 /// Writes the 64 dense elements of one tile.
 template <typename T>
 inline void read_tile(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile, T* target) {
@@ -250,12 +262,11 @@ void unpack_block(const UnpackTile64Problem& problem, tile64::Block block) {
   for (std::int64_t c = 0; c < tiles.head_dim; ++c) {
     read_tile(tiles, block.batch, first_tile + c, channels + c * kTile);
   }
-  for (int t = 0; t < num_rows / 8 * 8; t += 8) {
-    for (std::int64_t c = 0; c < tiles.head_dim; c += 8) {
-      transpose8(channels + c * kTile + t, kTile, out + t * stride + c, stride);
-    }
+  // Eight channels are eight rows here, and a block's tokens the columns; a block that is not full goes by elements.
+  for (std::int64_t c = 0; num_rows == kTile && c < tiles.head_dim; c += 8) {
+    transpose8(channels + c * kTile, kTile, kTile, out + c, stride);
   }
-  for (int t = num_rows / 8 * 8; t < num_rows; ++t) {
+  for (int t = 0; num_rows < kTile && t < num_rows; ++t) {
     for (std::int64_t c = 0; c < tiles.head_dim; ++c) out[t * stride + c] = channels[c * kTile + t];
   }
 }
@@ -274,11 +285,11 @@ void compress_tile64(const CompressTile64Problem& problem) {
 
 void unpack_tile64(const UnpackTile64Problem& problem) {
   if (problem.out.dtype == DType::kFloat16) {
-    tile64::unpack_blocks(problem, unpack_block<Half>);
+    tile64::unpack_blocks(problem, find_outside, unpack_block<Half>);
   } else if (problem.out.dtype == DType::kBFloat16) {
-    tile64::unpack_blocks(problem, unpack_block<BFloat16>);
+    tile64::unpack_blocks(problem, find_outside, unpack_block<BFloat16>);
   } else {
-    tile64::unpack_blocks(problem, unpack_block<float>);
+    tile64::unpack_blocks(problem, find_outside, unpack_block<float>);
   }
 }
 
