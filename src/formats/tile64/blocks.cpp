@@ -1,34 +1,34 @@
 // Blocks of tiles on the CPU: the two passes of compressing, and what unpacking checks first. No SIMD here.
 #include "formats/tile64/blocks.h"
 
-#include <algorithm>
 #include <atomic>
-#include <bit>
+#include <limits>
 #include <memory>
 #include <vector>
 
-#include "core/check.h"
 #include "core/parallel.h"
+#include "formats/tile64/bounds.h"
 
 namespace kvpack::tile64 {
 
 namespace {
 
+/// Throws for the first tile, in order of batches, that reads outside the payload.
 void require_inside(const Tile64Data& tiles, FindOutside find_outside) {
-  constexpr std::int64_t kNone = -1;
-  std::atomic<std::int64_t> outside{kNone};  // one of them, counted through all batches
+  constexpr std::int64_t kNone = std::numeric_limits<std::int64_t>::max();
+  std::atomic<std::int64_t> outside{kNone};  // counted through all batches
   const std::int64_t blocks = tiles.tiles / tiles.head_dim;
   auto check_block = [&](std::int64_t task) {
     const std::int64_t tile = find_outside(tiles, {task / blocks, task % blocks});
-    if (tile >= 0) outside.store(task / blocks * tiles.tiles + tile);
+    if (tile < 0) return;
+    const std::int64_t found = task / blocks * tiles.tiles + tile;
+    std::int64_t first = outside.load();
+    while (found < first && !outside.compare_exchange_weak(first, found)) {
+    }
   };
   parallel_for(tiles.batches * blocks, check_block);
   if (outside.load() == kNone) return;
-  const std::int64_t batch = outside.load() / tiles.tiles;
-  const std::int64_t tile = outside.load() % tiles.tiles;
-  const PayloadRange range = range_of(tiles, batch, tile, std::popcount(tiles.bitmaps[outside.load()]));
-  throw InvalidArgument(text("tile ", tile, " of batch ", batch, " takes payload elements ", range.first, " to ",
-                             range.end, "; the payload has ", tiles.payload_capacity));
+  throw_outside(tiles, outside.load() / tiles.tiles, outside.load() % tiles.tiles);
 }
 
 }  // namespace
@@ -46,8 +46,7 @@ void compress_blocks(const CompressTile64Problem& problem, MaskBlock mask_block,
   };
   parallel_for(num_tasks, mask_task);
   for (std::size_t i = 1; i < ends.size(); ++i) ends[i] += ends[i - 1];
-  require(ends.back() <= out.payload_capacity, "the tiles take ", ends.back(), " payload elements; the payload has ",
-          out.payload_capacity);
+  if (ends.back() > out.payload_capacity) throw_too_small(out, ends.back());
 
   auto write_task = [&](std::int64_t task) {
     const std::int64_t batch = task / blocks;

@@ -5,8 +5,6 @@
 #include <cstdint>
 
 #include "formats/tile64/implementations.h"
-#include "formats/tile64_f16/layout.h"
-#include "formats/tile64_q/layout.h"
 
 namespace kvpack::tile64 {
 
@@ -44,18 +42,5 @@ void compress_blocks(const CompressTile64Problem& problem, MaskBlock mask_block,
 /// Unpacks block by block.
 ///   Throws    InvalidArgument before anything is written when a tile lies outside the payload
 void unpack_blocks(const UnpackTile64Problem& problem, FindOutside find_outside, UnpackBlock unpack_block);
-
-/// Payload elements that a tile reads, as its bytes say: [first, end).
-struct PayloadRange {
-  std::int64_t first;
-  std::int64_t end;
-};
-
-inline PayloadRange range_of(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile, int count) {
-  const std::int32_t offset = tiles.offsets[batch * tiles.offsets_stride() + tile];
-  if (tiles.bits != kUnquantizedBits) return {offset, offset + tile64_q::tile_words(count, tiles.bits)};
-  const std::int64_t first = tile64_f16::first_half(tiles.starts[batch], offset);
-  return {first, first + count};
-}
 
 }  // namespace kvpack::tile64

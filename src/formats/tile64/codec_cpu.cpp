@@ -8,6 +8,7 @@
 #include "core/half.h"
 #include "core/scratch.h"
 #include "formats/tile64/blocks.h"
+#include "formats/tile64/bounds.h"
 #include "formats/tile64/implementations.h"
 #include "formats/tile64_f16/layout.h"
 #include "formats/tile64_q/layout.h"

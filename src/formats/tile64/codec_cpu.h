@@ -208,10 +208,7 @@ void write_block(const CompressTile64Problem& problem, tile64::Block block, cons
 inline std::int64_t find_outside(const Tile64Data& tiles, tile64::Block block) {
   for (std::int64_t i = 0; i < tiles.head_dim; ++i) {
     const std::int64_t tile = block.index * tiles.head_dim + i;
-    const int count = std::popcount(tiles.bitmaps[block.batch * tiles.tiles + tile]);
-    const tile64::PayloadRange range = tile64::range_of(tiles, block.batch, tile, count);
-    // Without survivors nothing is read, wherever the tile points.
-    if (count > 0 && (range.first < 0 || range.end > tiles.payload_capacity)) return tile;
+    if (!tile64::is_inside(tiles, tile64::payload_range(tiles, block.batch, tile))) return tile;
   }
   return -1;
 }
