@@ -21,9 +21,12 @@ MmaType mma_type(DType dtype) { return dtype == DType::kBFloat16 ? MmaType::kBFl
 
 const char* half_name(DType dtype) { return dtype == DType::kBFloat16 ? "bfloat16" : "float16"; }
 
-/// 16-bit survivors go to the tensor cores as they are, so both sides must be of one type.
-void require_payload_type(const Tile64Data& tiles, DType dtype) {
-  if (tiles.bits != kUnquantizedBits || tiles.payload_type == dtype) return;
+/// 16-bit survivors go to the tensor cores as they are, so both sides must be of one type; they are read 16 bytes at a time.
+void require_payload(const Tile64Data& tiles, DType dtype) {
+  if (tiles.bits != kUnquantizedBits) return;
+  require(reinterpret_cast<std::uintptr_t>(tiles.payload) % 16 == 0, "the payload is at ",
+          static_cast<const void*>(tiles.payload), "; a GPU reads 16-bit tiles from addresses that 16 divides");
+  if (tiles.payload_type == dtype) return;
   throw Unsupported(text("tiles hold ", half_name(tiles.payload_type), " but the query is ", half_name(dtype),
                          "; on a GPU both must be the same"));
 }
@@ -177,7 +180,7 @@ WorkspaceParts parts_of(void* workspace, const Tile64Data& tiles, std::int64_t c
 void multiply_tile64(const MultiplyTile64Problem& problem) {
   const Tile64Data& tiles = problem.tiles;
   const MmaType type = mma_type(problem.dtype);
-  require_payload_type(tiles, problem.dtype);
+  require_payload(tiles, problem.dtype);
   const auto columns = static_cast<std::int32_t>(problem.group * problem.rows);
   if (tiles.batches == 0 || columns == 0) return;
   require_grid(tiles);
@@ -216,8 +219,8 @@ void multiply_tile64(const MultiplyTile64Problem& problem) {
 
 void attend_tile64(const AttendTile64Problem& problem) {
   const MmaType type = mma_type(problem.dtype);
-  require_payload_type(problem.keys, problem.dtype);
-  require_payload_type(problem.values, problem.dtype);
+  require_payload(problem.keys, problem.dtype);
+  require_payload(problem.values, problem.dtype);
   const auto columns = static_cast<std::int32_t>(problem.group * problem.rows);
   if (problem.keys.batches == 0 || columns == 0) return;
   require_grid(problem.keys);

@@ -85,6 +85,49 @@ __device__ inline LaneTile load_tile(TileSource& source, std::int32_t step) {
   return tile;
 }
 
+/// Pieces of 16 bytes of a tile's halves that a lane holds in registers between load and store. Copying halves to the
+/// column by words, as codes are, keeps the first-level cache busy with addresses: 12 copies of 32 lanes each.
+inline constexpr int kHeldPieces = 4;
+
+struct HeldHalves {
+  uint4 pieces[kHeldPieces];
+  std::uint32_t count = 0;  // pieces of the tile
+};
+
+/// Starts the loads of a tile's halves. A tile that points outside the payload, or does not start at a piece, becomes one of zeros.
+__device__ inline HeldHalves load_halves(const TileSource& source, LaneTile& tile) {
+  HeldHalves held;
+  const std::uint32_t count = __popc(tile.first) + __popc(tile.second);
+  held.count = (count + 7) / 8;
+  const auto first = static_cast<std::uint32_t>(tile.offset);
+  if (first > source.num_words || held.count * 4 > source.num_words - first || first % 4 != 0) {
+    tile.first = tile.second = 0;
+    held.count = 0;
+  }
+  const uint4* pieces = reinterpret_cast<const uint4*>(source.words + first);
+#pragma unroll
+  for (std::uint32_t j = 0; j < kHeldPieces; ++j) {
+    if (j < held.count) held.pieces[j] = __ldcs(pieces + j);
+  }
+  return held;
+}
+
+/// Puts a tile's halves into its column.
+__device__ inline void store_halves(const TileSource& source, const LaneTile& tile, const HeldHalves& held,
+                                    std::uint32_t* column) {
+#pragma unroll
+  for (std::uint32_t j = 0; j < kHeldPieces; ++j) {
+    if (j >= held.count) continue;
+    column[(4 * j) * kWarpLanes] = held.pieces[j].x;
+    column[(4 * j + 1) * kWarpLanes] = held.pieces[j].y;
+    column[(4 * j + 2) * kWarpLanes] = held.pieces[j].z;
+    column[(4 * j + 3) * kWarpLanes] = held.pieces[j].w;
+  }
+  // Tiles with more than 32 survivors are few at the sparsities that pay, so their rest may wait for memory here.
+  const std::uint32_t* words = source.words + static_cast<std::uint32_t>(tile.offset);
+  for (std::uint32_t j = 4 * kHeldPieces; j < 4 * held.count; ++j) column[j * kWarpLanes] = words[j];
+}
+
 /// Starts the copy of a tile's words to its column. A tile that points outside the payload becomes one of zeros.
 template <int kBits>
 __device__ inline void copy_words(const TileSource& source, LaneTile& tile, std::uint32_t column) {

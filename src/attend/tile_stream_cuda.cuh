@@ -21,7 +21,7 @@ inline constexpr int kColumnsOfMma = 8;               // query columns of one te
 template <int kBits>
 struct alignas(128) WarpMemory {
   uint4 rows[kStepTiles * 8];  // 32 expanded tiles of 64 numbers, chunks of 8 permuted: store_chunk
-  std::uint32_t columns[2][kLaneWords<kBits> * kWarpLanes];
+  std::uint32_t columns[kBits == kUnquantizedBits ? 1 : 2][kLaneWords<kBits> * kWarpLanes];
 };
 
 /// Shared memory of a block: the table, then the warps.
@@ -98,7 +98,7 @@ __device__ inline void stream_tiles(TileSource source, const TileWalk& walk, War
   ExpandLane expand_lane;
   expand_lane.table = kBits == kUnquantizedBits ? table : table + lane % kTableCopies;
   expand_lane.row = shared_address(memory.rows) + lane * 128 + lane % 8 * 16;
-  const std::uint32_t* column = memory.columns[0] + lane;
+  std::uint32_t* column = memory.columns[0] + lane;
   const std::uint32_t column_address = shared_address(column);
   constexpr int kColumnWords = sizeof(memory.columns[0]) / 4;
   const int last_step = (1 << walk.step_bits) - 1;
@@ -109,21 +109,35 @@ __device__ inline void stream_tiles(TileSource source, const TileWalk& walk, War
   LaneTile current = load_next(0);
   LaneTile next;
   if (num_steps > 1) next = load_next(1);
-  copy_words<kBits>(source, current, column_address);
+  if constexpr (kBits == kUnquantizedBits) {
+    store_halves(source, current, load_halves(source, current), column);
+  } else {
+    copy_words<kBits>(source, current, column_address);
+  }
   for (int step = 0; step < num_steps; ++step) {
     LaneTile after;
     if (step + 2 < num_steps) after = load_next(step + 2);
-    const int parity = step & 1;
-    if (step + 1 < num_steps) {
-      copy_words<kBits>(source, next, column_address + (parity ^ 1) * kColumnWords * 4);
+    const bool has_next = step + 1 < num_steps;
+    if constexpr (kBits == kUnquantizedBits) {
+      const HeldHalves held = has_next ? load_halves(source, next) : HeldHalves{};
+      prepare(step);
+      expand_tile<kBits>(expand_lane, current, column, type);
+      __syncwarp();
+      consume(step);
+      store_halves(source, next, held, column);  // a lane reads its own column alone
     } else {
-      commit_copies();  // an empty group keeps the count below right
+      const int parity = step & 1;
+      if (has_next) {
+        copy_words<kBits>(source, next, column_address + (parity ^ 1) * kColumnWords * 4);
+      } else {
+        commit_copies();  // an empty group keeps the count below right
+      }
+      prepare(step);
+      wait_copies<1>();  // a lane reads its own column alone, so no barrier
+      expand_tile<kBits>(expand_lane, current, column + parity * kColumnWords, type);
+      __syncwarp();
+      consume(step);
     }
-    prepare(step);
-    wait_copies<1>();  // a lane reads its own column alone, so no barrier
-    expand_tile<kBits>(expand_lane, current, column + parity * kColumnWords, type);
-    __syncwarp();
-    consume(step);
     __syncwarp();
     current = next;
     next = after;
