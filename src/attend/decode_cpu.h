@@ -22,6 +22,14 @@ void multiply_64_tiles(const Tile64Data& tiles, std::int64_t batch, std::int64_t
                        const Columns& columns, std::int64_t num_columns, float* expanded, OutsideTile& outside) {
   const TileReader<Survivor> reader(tiles, batch, outside);
   reader.prefetch(first + kTileElements);
+#if KVPACK_ISA_LANES == 16
+  if (reader.all_are_whole(first)) {
+    const std::int64_t done = multiply_first_columns(reader, first, count, columns, num_columns, expanded);
+    const Columns others{columns.x + done * columns.x_stride, columns.x_stride,
+                         columns.sums + done * columns.sums_stride, columns.sums_stride};
+    return multiply_tiles(expanded, count, others, num_columns - done);
+  }
+#endif
   reader.expand_tiles(first, expanded);
   multiply_tiles(expanded, count, columns, num_columns);
 }

@@ -34,12 +34,16 @@ inline __m512 table_of(int first, tile64_q::Grid grid) {
   return _mm512_maskz_mul_ps(upper, sub(codes, set1(grid.zero)), set1(grid.scale));
 }
 
+/// An expanded tile in registers.
+struct TileVectors {
+  __m512 of[4];
+};
+
 /// Looks up the low four bits of each byte.
-inline void look_up(__m512i bytes, __m512 table, float* out) {
-  store(out, _mm512_permutexvar_ps(bytes, table));
-  store(out + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 8), table));
-  store(out + 32, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 16), table));
-  store(out + 48, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 24), table));
+inline TileVectors look_up(__m512i bytes, __m512 table) {
+  return {{_mm512_permutexvar_ps(bytes, table), _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 8), table),
+           _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 16), table),
+           _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 24), table)}};
 }
 
 inline std::uint64_t load_word(const std::byte* bytes) {
@@ -48,14 +52,14 @@ inline std::uint64_t load_word(const std::byte* bytes) {
   return word;
 }
 
-inline void expand(Codes<1>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline TileVectors expand(Codes<1>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid) {
   // A bit is spread as it is; survivors' bytes are 14 + code.
   const std::uint64_t ones = _pdep_u64(load_word(bytes), mask);
   const __m512i survivors = _mm512_maskz_mov_epi8(mask, _mm512_set1_epi8(14));
-  look_up(_mm512_mask_mov_epi8(survivors, ones, _mm512_set1_epi8(15)), table_of(14, grid), out);
+  return look_up(_mm512_mask_mov_epi8(survivors, ones, _mm512_set1_epi8(15)), table_of(14, grid));
 }
 
-inline void expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline TileVectors expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid) {
   // Each word of 64 bits holds 32 codes and feeds four words of eight bytes.
   const auto* words = reinterpret_cast<const __m128i*>(bytes);
   const __m512i first = _mm512_broadcastq_epi64(_mm_loadl_epi64(words));
@@ -64,10 +68,10 @@ inline void expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, tile64_
   const __m512i shifts = _mm512_broadcast_i64x4(
       _mm256_setr_epi64x(0x0e0c0a0806040200, 0x1e1c1a1816141210, 0x2e2c2a2826242220, 0x3e3c3a3836343230));
   const __m512i spread = _mm512_or_si512(_mm512_multishift_epi64_epi8(shifts, codes), _mm512_set1_epi8(~3));
-  look_up(_mm512_maskz_expand_epi8(mask, spread), table_of(12, grid), out);
+  return look_up(_mm512_maskz_expand_epi8(mask, spread), table_of(12, grid));
 }
 
-inline void expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline TileVectors expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid) {
   // A byte becomes a word 0000'0000'bbbb'aaaa, and that xxx1'bbbb'xxx1'aaaa: bit 4 says survivor, and chooses the table.
   const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
   const __m512i low_nibbles = _mm512_set1_epi8(0x0f);
@@ -76,22 +80,25 @@ inline void expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, tile64_
   const __m512i placed = _mm512_maskz_expand_epi8(mask, spread);
   const __m512 table = table_of(0, grid);
   const __m512 nothing = _mm512_setzero_ps();
-  store(out, _mm512_permutex2var_ps(nothing, placed, table));
-  store(out + 16, _mm512_permutex2var_ps(nothing, _mm512_srli_epi32(placed, 8), table));
-  store(out + 32, _mm512_permutex2var_ps(nothing, _mm512_srli_epi32(placed, 16), table));
-  store(out + 48, _mm512_permutex2var_ps(nothing, _mm512_srli_epi32(placed, 24), table));
+  return {{_mm512_permutex2var_ps(nothing, placed, table),
+           _mm512_permutex2var_ps(nothing, _mm512_srli_epi32(placed, 8), table),
+           _mm512_permutex2var_ps(nothing, _mm512_srli_epi32(placed, 16), table),
+           _mm512_permutex2var_ps(nothing, _mm512_srli_epi32(placed, 24), table)}};
 }
 
-inline void expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline TileVectors expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid) {
   const __m512i placed = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(bytes));
   const __m512 zero = set1(grid.zero);
   const __m512 scale = set1(grid.scale);
+  TileVectors tile;
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512i codes =
         _mm512_and_si512(_mm512_srli_epi32(placed, static_cast<unsigned>(8 * j)), _mm512_set1_epi32(255));
     const auto kept = static_cast<__mmask16>(_pext_u64(mask, std::uint64_t{0x1111111111111111} << j));
-    store(out + 16 * j, _mm512_maskz_mul_ps(kept, sub(_mm512_cvtepi32_ps(codes), zero), scale));
+    tile.of[j] = _mm512_maskz_mul_ps(kept, sub(_mm512_cvtepi32_ps(codes), zero), scale);
   }
+  return tile;
 }
 
 /// 64 halves at the places of their elements, 32 a vector.
@@ -107,22 +114,33 @@ inline PlacedHalves place_halves(std::uint64_t mask, const std::byte* bytes) {
           _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(bytes + 2 * std::popcount(low)))};
 }
 
-inline void expand(Halves<Half>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid, float* out) {
+inline TileVectors expand(Halves<Half>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid) {
   const PlacedHalves placed = place_halves(mask, bytes);
-  store(out, _mm512_cvtph_ps(_mm512_castsi512_si256(placed.low)));
-  store(out + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(placed.low, 1)));
-  store(out + 32, _mm512_cvtph_ps(_mm512_castsi512_si256(placed.high)));
-  store(out + 48, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(placed.high, 1)));
+  return {{_mm512_cvtph_ps(_mm512_castsi512_si256(placed.low)),
+           _mm512_cvtph_ps(_mm512_extracti64x4_epi64(placed.low, 1)),
+           _mm512_cvtph_ps(_mm512_castsi512_si256(placed.high)),
+           _mm512_cvtph_ps(_mm512_extracti64x4_epi64(placed.high, 1))}};
 }
 
 /// Vectors 0 and 1 hold the even and the odd ones of elements 0 to 31, vectors 2 and 3 of the others.
-inline void expand(Halves<BFloat16>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid, float* out) {
+inline TileVectors expand(Halves<BFloat16>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid) {
   const PlacedHalves placed = place_halves(mask, bytes);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  store(out, _mm512_castsi512_ps(_mm512_slli_epi32(placed.low, 16)));
-  store(out + 16, _mm512_castsi512_ps(_mm512_and_si512(placed.low, upper)));
-  store(out + 32, _mm512_castsi512_ps(_mm512_slli_epi32(placed.high, 16)));
-  store(out + 48, _mm512_castsi512_ps(_mm512_and_si512(placed.high, upper)));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(placed.low, 16)),
+           _mm512_castsi512_ps(_mm512_and_si512(placed.low, upper)),
+           _mm512_castsi512_ps(_mm512_slli_epi32(placed.high, 16)),
+           _mm512_castsi512_ps(_mm512_and_si512(placed.high, upper))}};
+}
+
+inline void store_tile(const TileVectors& tile, float* out) {
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) store(out + 16 * v, tile.of[v]);
+}
+
+/// The same to memory, as the other instruction sets do.
+template <typename Survivor>
+inline void expand(Survivor, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+  store_tile(expand(Survivor{}, mask, bytes, grid), out);
 }
 
 /// Puts 64 sums over expanded tiles into element order.

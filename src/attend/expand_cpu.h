@@ -36,13 +36,34 @@ class TileReader {
   /// order_elements puts right. `first` is a multiple of 64.
   void expand_tiles(std::int64_t first, float* out) const {
     std::uint64_t masks[kTileElements];
-    reverse_bitmaps(bitmaps_ + first, masks);
+    load_masks(first, masks);
     if (!all_are_whole(first)) return expand_copies(first, masks, out);
     // No call in here: constants stay in registers.
     for (std::int64_t t = 0; t < kTileElements; ++t) {
-      expand(Survivor{}, masks[t], payload_ + byte_of(offsets_[first + t]), grid_of(first + t),
-             out + t * kTileElements);
+      expand(Survivor{}, masks[t], bytes_of(first + t), grid_of(first + t), out + t * kTileElements);
     }
+  }
+
+  /// The pieces of expand_tiles, for a loop that does more with a tile: 64 masks, whether all of 64 tiles may be read
+  /// without another look, where a tile's survivors are, and their grid.
+  void load_masks(std::int64_t first, std::uint64_t* masks) const { reverse_bitmaps(bitmaps_ + first, masks); }
+
+  /// Nearly all tiles lie so far from the payload's end that no count is needed to read them safely.
+  [[nodiscard]] bool all_are_whole(std::int64_t first) const {
+    std::int32_t low = offsets_[first];
+    std::int32_t high = low;
+    for (std::int64_t t = first; t < first + kTileElements; ++t) {
+      low = std::min(low, offsets_[t]);
+      high = std::max(high, offsets_[t]);
+    }
+    return byte_of(low) >= 0 && byte_of(high) <= last_whole_;
+  }
+
+  [[nodiscard]] const std::byte* bytes_of(std::int64_t tile) const { return payload_ + byte_of(offsets_[tile]); }
+
+  [[nodiscard]] tile64_q::Grid grid_of(std::int64_t tile) const {
+    if constexpr (Survivor::kHasGrid) return {scales_[tile], zeros_[tile]};
+    return {};
   }
 
   /// Asks for what expand_tiles(first, ..) will read, up to the payload, which the processor streams by itself.
@@ -63,22 +84,6 @@ class TileReader {
   [[nodiscard]] std::int64_t byte_of(std::int32_t offset) const {
     if constexpr (Survivor::kHasGrid) return std::int64_t{4} * offset;
     return 2 * tile64_f16::first_half(base_, offset);
-  }
-
-  [[nodiscard]] tile64_q::Grid grid_of(std::int64_t tile) const {
-    if constexpr (Survivor::kHasGrid) return {scales_[tile], zeros_[tile]};
-    return {};
-  }
-
-  /// Nearly all tiles lie so far from the payload's end that no count is needed to read them safely.
-  [[nodiscard]] bool all_are_whole(std::int64_t first) const {
-    std::int32_t low = offsets_[first];
-    std::int32_t high = low;
-    for (std::int64_t t = first; t < first + kTileElements; ++t) {
-      low = std::min(low, offsets_[t]);
-      high = std::max(high, offsets_[t]);
-    }
-    return byte_of(low) >= 0 && byte_of(high) <= last_whole_;
   }
 
   [[gnu::noinline]] void expand_copies(std::int64_t first, const std::uint64_t* masks, float* out) const {

@@ -93,3 +93,7 @@ inline void multiply_tiles(const float* tiles, std::int64_t count, Columns colum
 
 }  // namespace
 }  // namespace kvpack::KVPACK_ISA
+
+#if KVPACK_ISA_LANES == 16
+#include "attend/multiply_avx512.h"
+#endif
