@@ -15,6 +15,13 @@ _HOMES = {
     # In the order of the pipeline: operators, policies, simulation of tensors and of models.
     "prune_magnitude": "kvpack.ops",
     "simulate_uniform": "kvpack.ops",
+    "Tile64": "kvpack.tile64",
+    "compress_tile64": "kvpack.tiles",
+    "unpack_tile64": "kvpack.tiles",
+    "concat_tile64": "kvpack.tiles",
+    "multiply_keys": "kvpack.attend",
+    "multiply_values": "kvpack.attend",
+    "attend_tile64": "kvpack.attend",
     "compare_tensors": "kvpack.ops",
     "compare_logits": "kvpack.ops",
     "list_implementations": "kvpack.ops",
@@ -40,6 +47,13 @@ __all__ = [
     "__version__",
     "prune_magnitude",
     "simulate_uniform",
+    "Tile64",
+    "compress_tile64",
+    "unpack_tile64",
+    "concat_tile64",
+    "multiply_keys",
+    "multiply_values",
+    "attend_tile64",
     "compare_tensors",
     "compare_logits",
     "list_implementations",
@@ -62,6 +76,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from kvpack.attend import attend_tile64, multiply_keys, multiply_values
     from kvpack.methods import DenseMethod, Method, PruneMethod, UniformMethod, register_method
     from kvpack.models.hooks import Simulation, simulate
     from kvpack.ops import (
@@ -77,6 +92,8 @@ if TYPE_CHECKING:
     )
     from kvpack.policy import Policy, list_presets, parse_policy
     from kvpack.simulation import BitsTally, simulate_tensor
+    from kvpack.tile64 import Tile64
+    from kvpack.tiles import compress_tile64, concat_tile64, unpack_tile64
 
 
 def __getattr__(name: str) -> Any:

@@ -229,6 +229,11 @@ def view(x: Any, name: str) -> bytes:
     return TENSOR.pack(pointer, number, device_kind, device_index, rank, *shape, *padding, *strides, *padding)
 
 
+def optional_view(x: Any, name: str) -> bytes | None:
+    """Like view; None, which the C side reads as "none", for None."""
+    return None if x is None else view(x, name)
+
+
 def stream_of(x: Any) -> int | None:
     """The CUDA stream that torch currently uses on the device of x; None on the CPU."""
     if is_torch(x) and x.device.type == "cuda":
@@ -248,3 +253,10 @@ def text_from(function: Any, *arguments: Any) -> str:
 def json_from(function: Any, *arguments: Any) -> Any:
     """Like text_from, for functions whose text is JSON."""
     return json.loads(text_from(function, *arguments))
+
+
+def int_from(function: Any, *arguments: Any) -> int:
+    """Calls a function of the C ABI whose last parameter receives a number."""
+    number = ctypes.c_int64()
+    check(function(*arguments, ctypes.byref(number)))
+    return number.value

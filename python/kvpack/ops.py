@@ -6,16 +6,14 @@ Each is one call into the C++ library. Tensors stay where they are; `out` may be
 from __future__ import annotations
 
 from ctypes import byref
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from kvpack import _native
+from kvpack.arrays import TensorLike
 
-TensorLike: TypeAlias = Any
-"""A torch tensor or a numpy array."""
-
-_PRUNE_RULES = {"exact": 0, "kth_value": 1}
+PRUNE_RULES = {"exact": 0, "kth_value": 1}
 _AXES = {"per_channel": 0, "per_token": 1}
 _OFFSETS = {"floating": 0, "clamp": 1}
 _MODES = {"oracle": 0, "causal": 1}
@@ -52,7 +50,8 @@ class LogitsComparison(NamedTuple):
     top1: np.ndarray
 
 
-def _choose(name: str, value: str, choices: dict[str, int]) -> int:
+def choose(name: str, value: str, choices: dict[str, int]) -> int:
+    """The number of one of a closed set of words; refuses others, naming the set."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
     return choices[value]
@@ -99,7 +98,7 @@ def prune_magnitude(
     scores = None if channel_scores is None else _address_of_scores(channel_scores, x)
     options = _native.PruneOptions(
         float(sparsity),
-        _choose("rule", rule, _PRUNE_RULES),
+        choose("rule", rule, PRUNE_RULES),
         0,
         0 if head_dim is None else _positive("head_dim", head_dim),
         protected_tokens,
@@ -175,10 +174,10 @@ def simulate_uniform(
     out = _empty_like(x) if out is None else out
     options = _native.UniformOptions(
         bits,
-        _choose("axis", axis, _AXES),
+        choose("axis", axis, _AXES),
         0 if group is None else _positive("group", group),
-        _choose("offset", offset, _OFFSETS),
-        _choose("mode", mode, _MODES),
+        choose("offset", offset, _OFFSETS),
+        choose("mode", mode, _MODES),
         float(outlier_fraction),
         protected_tokens,
         bool(compat),
@@ -259,7 +258,7 @@ def explain(operation: str, device: Literal["cpu", "cuda"] = "cpu") -> str:
         ValueError: no such operation or device; the message lists those there are.
     """
     return _native.text_from(
-        _native.library.kvpack_explain, operation.encode(), _choose("device", device, {"cpu": 0, "cuda": 1})
+        _native.library.kvpack_explain, operation.encode(), choose("device", device, {"cpu": 0, "cuda": 1})
     )
 
 

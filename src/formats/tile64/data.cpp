@@ -122,7 +122,8 @@ DenseMatrices checked_matrices(const TensorView& view, const char* name, const T
   if (view.device != device) {
     throw InvalidArgument(text(name, " is on ", device_text(view.device), "; expected ", device_text(device)));
   }
-  for (int i = 0; i < view.rank; ++i) {
+  // Strides of a tensor without elements mean nothing; numpy makes them 0.
+  for (int i = 0; i < view.rank && view.num_elements() > 0; ++i) {
     const std::int64_t stride = view.strides[static_cast<std::size_t>(i)];
     const bool is_channels = i == view.rank - 1;
     if (stride >= 0 && (!is_channels || stride == 1)) continue;
