@@ -24,6 +24,8 @@ endif
 
 # AUTO, ON or OFF: whether libkvpack_cuda is built (cmake/kvpack_cuda.cmake).
 KVPACK_CUDA ?= AUTO
+# GPUs that builds on this machine are for; wheels are for all.
+KVPACK_CUDA_ARCHITECTURES ?= $(shell tools/gpu_architectures.sh)
 
 DEMO_POLICIES ?= int8 int4 int4+1%+sink int3 int3+1%+sink int2+1%+sink kivi-4+sink kivi-2+sink mustafar-50 mustafar-70
 DEMO_FLAGS ?= --seqlen 2048 --limit 4
@@ -50,7 +52,7 @@ endif
 
 .PHONY: build
 build: setup ## build preset dev: libkvpack and the C++ tests in build/dev
-	$(call configure,dev,-DKVPACK_CUDA=$(KVPACK_CUDA))
+	$(call configure,dev,-DKVPACK_CUDA=$(KVPACK_CUDA) '-DKVPACK_CUDA_ARCHITECTURES=$(KVPACK_CUDA_ARCHITECTURES)')
 	@cmake --build --preset dev
 
 .PHONY: test
@@ -69,7 +71,8 @@ PACKAGE_SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake include src 
 $(VENV)/kvpack.stamp: $(PACKAGE_SOURCES)
 	@echo "installing kvpack into .venv"
 	@$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-	  --config-settings=build-dir=build/package --config-settings=cmake.define.KVPACK_CUDA=$(KVPACK_CUDA) .
+	  --config-settings=build-dir=build/package --config-settings=cmake.define.KVPACK_CUDA=$(KVPACK_CUDA) \
+	  '--config-settings=cmake.define.KVPACK_CUDA_ARCHITECTURES=$(KVPACK_CUDA_ARCHITECTURES)' .
 	@touch $@
 
 .PHONY: install
@@ -111,7 +114,7 @@ check-documents: install ## local links, example commands and examples of every 
 	@$(RUN_PYTHON) tools/check_links.py
 
 .PHONY: gpu-check
-gpu-check: setup ## build, test, sanitize and bench on a machine with a GPU; results in benches/results
+gpu-check: setup ## build, test, sanitize and bench on a machine with a GPU (docs/gpu.md); results in benches/results
 	@PYTHON=$(RUN_PYTHON) tools/gpu_check.sh
 
 .PHONY: clean

@@ -37,6 +37,9 @@ target_include_directories(kvpack_cuda PRIVATE "${PROJECT_SOURCE_DIR}/include" "
 target_compile_options(kvpack_cuda PRIVATE
   "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--fmad=false;--Werror=all-warnings>"
   "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-ffp-contract=off,-Wall,-Wextra,-Wshadow>")
+if(KVPACK_CUDA_LINEINFO)
+  target_compile_options(kvpack_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>")
+endif()
 target_link_options(kvpack_cuda PRIVATE -Wl,--no-undefined)
 set_target_properties(kvpack_cuda PROPERTIES
   CUDA_RUNTIME_LIBRARY Static
