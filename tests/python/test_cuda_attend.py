@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_tensors import SEED, assert_same_bits
-from kvpack.tile64 import TENSOR_NAMES
 from tile_cases import (
     DEVICE,
     Case,
@@ -31,6 +30,7 @@ from tile_cases import (
 )
 
 from kvpack import attend_tile64, compress_tile64, multiply_keys, multiply_values, ops, torch_ops, unpack_tile64
+from kvpack.tile64 import TENSOR_NAMES
 
 REASON = "torch finds no CUDA device" if not torch.cuda.is_available() else f"CUDA side: {ops.cuda_status()}"
 pytestmark = [
