@@ -110,6 +110,8 @@ def test_small_hostile_bytes_neither_hang_nor_write_elsewhere(bits, seed):
     for tiles in hostile:
         outputs.append(GuardedOutput((1, 2, 130, 64), case.dtype))
         unpack_tile64(tiles, out=outputs[-1].view)
+        with pytest.raises(ValueError, match="batch 0, tile 0"):
+            tiles.validate()
     torch.cuda.synchronize()
     for output in outputs:
         output.check()
