@@ -1,0 +1,1 @@
+"""Mustafar's fp16 code base, forwarded to kvpack."""

@@ -1,0 +1,1 @@
+"""The quantised variant of Mustafar's code base, forwarded to kvpack."""
