@@ -27,7 +27,8 @@ KVPACK_CUDA ?= AUTO
 # GPUs that builds on this machine are for; wheels are for all.
 KVPACK_CUDA_ARCHITECTURES ?= $(shell tools/gpu_architectures.sh)
 
-DEMO_POLICIES ?= int8 int4 int4+1%+sink int3 int3+1%+sink int2+1%+sink kivi-4+sink kivi-2+sink mustafar-50 mustafar-70
+DEMO_POLICIES ?= int8 int4 int4+1%+sink int3 int3+1%+sink int2+1%+sink kivi-4+sink kivi-2+sink mustafar-50 mustafar-50-q4 \
+  mustafar-70
 DEMO_FLAGS ?= --seqlen 2048 --limit 4
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=

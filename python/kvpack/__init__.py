@@ -32,11 +32,12 @@ _HOMES = {
     "Method": "kvpack.methods",
     "DenseMethod": "kvpack.methods",
     "UniformMethod": "kvpack.methods",
-    "PruneMethod": "kvpack.methods",
+    "PruneMethod": "kvpack.mustafar",
     "register_method": "kvpack.methods",
     "Policy": "kvpack.policy",
     "parse_policy": "kvpack.policy",
     "list_presets": "kvpack.policy",
+    "LayerOverride": "kvpack.overrides",
     "BitsTally": "kvpack.simulation",
     "simulate_tensor": "kvpack.simulation",
     "Simulation": "kvpack.models.hooks",
@@ -69,6 +70,7 @@ __all__ = [
     "Policy",
     "parse_policy",
     "list_presets",
+    "LayerOverride",
     "BitsTally",
     "simulate_tensor",
     "Simulation",
@@ -77,8 +79,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from kvpack.attend import attend_tile64, multiply_keys, multiply_values
-    from kvpack.methods import DenseMethod, Method, PruneMethod, UniformMethod, register_method
+    from kvpack.methods import DenseMethod, Method, UniformMethod, register_method
     from kvpack.models.hooks import Simulation, simulate
+    from kvpack.mustafar import PruneMethod
     from kvpack.ops import (
         compare_logits,
         compare_tensors,
@@ -90,6 +93,7 @@ if TYPE_CHECKING:
         set_num_threads,
         simulate_uniform,
     )
+    from kvpack.overrides import LayerOverride
     from kvpack.policy import Policy, list_presets, parse_policy
     from kvpack.simulation import BitsTally, simulate_tensor
     from kvpack.tile64 import Tile64

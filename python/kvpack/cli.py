@@ -219,7 +219,9 @@ _MODIFIERS = {
     "+windowN": "the last N tokens stay exact",
     "+causal": "statistics of groups of past tokens only, as a decoder could; without it of the whole segment (oracle)",
     "+clamp": "integer zero points",
+    "+kth_value": "the published threshold rule of mustafar, which keeps ties",
     "k:A,v:B": "policy A for keys, B for values",
+    ";layers0-1,5=A": "policy A for layers 0, 1 and 5; after the policy of the others",
 }
 
 

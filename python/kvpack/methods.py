@@ -1,6 +1,7 @@
 """Methods: what happens to one matrix of keys or values, as small typed objects. A policy pairs two of them.
 
 Only parameters, their text and JSON forms and their price in bits live here; the numerical work is in kvpack.ops.
+Mustafar's method, which goes through real bytes, is mustafar.py.
 """
 
 # ruff: noqa: D102  (Method documents each method once; its subclasses inherit the words)
@@ -71,12 +72,13 @@ class Method(ABC):
         """The name that parse_name turns into this method (without its modifiers) for that kind."""
 
     @abstractmethod
-    def simulate(self, x: Any, out: Any, *, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
+    def simulate(self, x: Any, out: Any, *, kind: Kind, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
         """Writes to out what x looks like after compression, and returns the bits it would take.
 
         Args:
             x: [tokens, channels] or [batch, tokens, channels], torch or numpy.
             out: shape, type and device of x; x itself is allowed.
+            kind: `key` or `value`: which of the two x is.
             protected_tokens: this many first tokens of each sequence come back unchanged.
             mode: `oracle` or `causal`.
             head_dim: channels of a head; None treats a row as one head.
@@ -84,6 +86,10 @@ class Method(ABC):
         Raises:
             ValueError: from the native operation, with both values.
         """
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raises NotImplementedError, with what exists, where the method does not exist for such heads."""
+        return None
 
     def modifiers(self) -> tuple[str, ...]:
         """Text of the modifiers that set this method apart from the plain one of its name, in canonical order."""
@@ -163,7 +169,8 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it is one of {', '.join(map(str, choices))}")
 
 
-def _count(x: Any) -> int:
+def count_elements(x: Any) -> int:
+    """Elements of a torch or numpy tensor."""
     elements = 1
     for extent in x.shape:
         elements *= int(extent)
@@ -192,9 +199,9 @@ class DenseMethod(Method):
     def name_for(self, kind: Kind) -> str:
         return "fp16"
 
-    def simulate(self, x: Any, out: Any, *, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
+    def simulate(self, x: Any, out: Any, *, kind: Kind, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
         out[...] = x
-        return DENSE_BITS * _count(x)
+        return DENSE_BITS * count_elements(x)
 
 
 @register_method
@@ -301,11 +308,12 @@ class UniformMethod(Method):
             return replace(self, outlier_fraction=float(percent / 100))
         return None
 
-    def simulate(self, x: Any, out: Any, *, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
+    def simulate(self, x: Any, out: Any, *, kind: Kind, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
         from kvpack import ops  # here, so that policies can be read and written without the native library
 
         if self.bits == DENSE_BITS:
-            return DenseMethod().simulate(x, out, protected_tokens=protected_tokens, mode=mode, head_dim=head_dim)
+            out[...] = x
+            return DENSE_BITS * count_elements(x)
         _, counts = ops.simulate_uniform(
             x,
             self.bits,
@@ -319,65 +327,4 @@ class UniformMethod(Method):
         )
         per_vector = VECTOR_BITS + (OUTLIER_START_BITS if self.outlier_fraction else 0)
         compressed = self.bits * counts.quantized + per_vector * counts.vectors + OUTLIER_BITS * counts.outliers
-        return compressed + DENSE_BITS * (_count(x) - counts.quantized)
-
-
-@register_method
-@dataclass(frozen=True)
-class PruneMethod(Method):
-    """Keeps the largest entries of every (token, head) in fp16 under a bitmap, after RoPE (Mustafar).
-
-    Attributes:
-        sparsity: share of a row to drop, a whole percent: 0, 0.01 .. 0.99.
-        rule: `exact` keeps head_dim - floor(sparsity*head_dim); `kth_value` is the published rule.
-
-    Source: docs/numerics.md section 1; Joo et al. 2025, "Mustafar".
-    """
-
-    method_name: ClassVar[str] = "prune"
-    sparsity: float
-    rule: Literal["exact", "kth_value"] = "exact"
-
-    def __post_init__(self) -> None:
-        sparsity = self.sparsity
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-            raise ValueError(f"sparsity is {sparsity!r}; it is at least 0 and below 1 (0 % to 99 %)")
-        if round(sparsity * 100) / 100 != sparsity:
-            raise ValueError(f"sparsity is {sparsity!r}; it is a whole percent: 0, 0.01 .. 0.99")
-        object.__setattr__(self, "sparsity", float(sparsity) + 0.0)
-        check_choice("rule", self.rule, ("exact", "kth_value"))
-
-    @property
-    def stage(self) -> Stage:
-        return "post_rope"
-
-    @classmethod
-    def presets(cls) -> dict[str, str]:
-        text = "largest {} % of every head's row kept in fp16 under a bitmap, after RoPE (Mustafar)"
-        return {f"mustafar-{percent}": text.format(100 - percent) for percent in (50, 70)}
-
-    @classmethod
-    def parse_name(cls, name: str) -> tuple[Method, Method] | None:
-        if match := re.fullmatch(r"mustafar-(-?\d{1,9})", name, re.ASCII):
-            check_int("sparsity in percent", int(match[1]), 0, 99)
-            method = cls(int(match[1]) / 100)
-            return method, method
-        return None
-
-    def name_for(self, kind: Kind) -> str:
-        return f"mustafar-{round(self.sparsity * 100)}"
-
-    def modifiers(self) -> tuple[str, ...]:
-        return ("kth_value",) if self.rule == "kth_value" else ()
-
-    def with_modifier(self, modifier: str) -> Method | None:
-        return replace(self, rule="kth_value") if modifier == "kth_value" else None
-
-    def simulate(self, x: Any, out: Any, *, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
-        from kvpack import ops  # here, so that policies can be read and written without the native library
-
-        _, counts = ops.prune_magnitude(
-            x, self.sparsity, rule=self.rule, head_dim=head_dim, protected_tokens=protected_tokens, out=out
-        )
-        pruned = counts.rows * (x.shape[-1] if head_dim is None else head_dim)
-        return DENSE_BITS * counts.kept + pruned + DENSE_BITS * (_count(x) - pruned)
+        return compressed + DENSE_BITS * (count_elements(x) - counts.quantized)

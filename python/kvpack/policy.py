@@ -1,15 +1,18 @@
 """Policies: which method keys and values go through, what stays dense, and their text and JSON forms.
 
-Text: `NAME[+MOD...]`, or `k:SPEC,v:SPEC` for different keys and values. docs/policies.md lists names and modifiers.
+Text: `NAME[+MOD...]`, or `k:SPEC,v:SPEC` for different keys and values, then `;layersRANGES=SPEC` for layers that
+differ (overrides.py). docs/policies.md lists names and modifiers.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from kvpack import mustafar as _mustafar  # noqa: F401  (registers its method; its names come after those of methods)
 from kvpack.methods import (
     Kind,
     Method,
@@ -20,9 +23,19 @@ from kvpack.methods import (
     method_from_json,
     registered_methods,
 )
+from kvpack.overrides import (
+    LayerOverride,
+    check_layers_exist,
+    check_methods,
+    methods_text,
+    normal_overrides,
+    override_from_json,
+    parse_override,
+)
 
 JSON_SCHEMA = "kvpack-policy"
-JSON_VERSION = 1
+JSON_VERSION = 2
+"""2 added `layers`, and `bits` to the method `prune`; documents of version 1 are read as they were meant."""
 
 _LARGEST_COUNT = 2**31 - 1
 _EXAMPLE_MODIFIERS = ("1%", "clamp", "kth_value", "sink", "sink4", "window32", "causal")
@@ -39,6 +52,7 @@ class Policy:
         sink: this many first tokens of every sequence stay exact and are in no statistic.
         window: this many most recent tokens stay exact.
         mode: `oracle` (statistics of the whole sequence) or `causal` (complete groups of at most 64 past tokens).
+        layers: layers with methods of their own, in canonical order; sink, window and mode hold for all layers.
 
     Raises:
         ValueError: a field is out of its range; the message shows it and the range.
@@ -49,14 +63,14 @@ class Policy:
     sink: int = 0
     window: int = 0
     mode: Mode = "oracle"
+    layers: tuple[LayerOverride, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("key", "value"):
-            if not isinstance(getattr(self, name), Method):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it is a Method, as DenseMethod()")
+        check_methods(self.key, self.value)
         check_int("sink", self.sink, 0, _LARGEST_COUNT)
         check_int("window", self.window, 0, _LARGEST_COUNT)
         check_choice("mode", self.mode, ("oracle", "causal"))
+        object.__setattr__(self, "layers", normal_overrides(self.layers))
 
     @property
     def name(self) -> str:
@@ -65,23 +79,50 @@ class Policy:
 
     @property
     def is_exact(self) -> bool:
-        """True when nothing changes: both methods keep every bit."""
-        return self.key.stage == "none" and self.value.stage == "none"
+        """True when nothing changes: the methods of every layer keep every bit."""
+        return all(part.key.stage == part.value.stage == "none" for part in (self, *self.layers))
 
-    def method_for(self, kind: Kind) -> Method:
-        """The method of `key` or `value`."""
+    def method_for(self, kind: Kind, layer: int | None = None) -> Method:
+        """The method of `key` or `value`; of one layer where the policy differs by layer.
+
+        Raises:
+            ValueError: the policy differs by layer and none is given.
+        """
         check_choice("kind", kind, ("key", "value"))
-        return self.key if kind == "key" else self.value
+        part = self.for_layer(layer)
+        return part.key if kind == "key" else part.value
+
+    def methods_for(self, layer: int) -> tuple[Method, Method]:
+        """The methods of the keys and the values of one layer."""
+        return self.method_for("key", layer), self.method_for("value", layer)
+
+    def for_layer(self, layer: int | None) -> Policy:
+        """The policy of one layer, which differs by layer no more.
+
+        Raises:
+            ValueError: the policy differs by layer and none is given.
+        """
+        if not self.layers:
+            return self
+        if layer is None:
+            raise ValueError(f"policy {self.name!r} differs by layer; say which layer it is for")
+        found: Policy | LayerOverride = next((part for part in self.layers if layer in part), self)
+        return replace(self, key=found.key, value=found.value, layers=())
+
+    def check_layers(self, layers: Collection[int], model: str = "the model") -> None:
+        """Refuses a policy that names layers which a model does not have.
+
+        Raises:
+            ValueError: the message shows the layers asked for and those there are.
+        """
+        check_layers_exist(self.layers, layers, model)
 
     def to_text(self) -> str:
         """The one-line form, from which parse_policy makes an equal policy."""
         scheme = [f"sink{self.sink if self.sink > 1 else ''}"] if self.sink else []
         scheme += [f"window{self.window}"] if self.window else []
         scheme += ["causal"] if self.mode == "causal" else []
-        key = "+".join((self.key.name_for("key"), *self.key.modifiers(), *scheme))
-        value = "+".join((self.value.name_for("value"), *self.value.modifiers(), *scheme))
-        # A name stands for a pair, one method for each kind, so equal texts mean the pair of that name.
-        return key if key == value else f"k:{key},v:{value}"
+        return ";".join((methods_text(self.key, self.value, scheme), *(part.to_text() for part in self.layers)))
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON types, with schema and version."""
@@ -93,6 +134,7 @@ class Policy:
             "sink": self.sink,
             "window": self.window,
             "mode": self.mode,
+            "layers": [part.to_json() for part in self.layers],
         }
 
     @classmethod
@@ -106,16 +148,21 @@ class Policy:
             raise ValueError(f"a policy in JSON is an object, not {data!r}")
         if data.get("schema") != JSON_SCHEMA:
             raise ValueError(f"schema is {data.get('schema')!r}; expected {JSON_SCHEMA!r}")
-        if data.get("version") != JSON_VERSION or isinstance(data["version"], bool):
-            raise ValueError(f"policy version is {data.get('version')!r}; this kvpack reads version {JSON_VERSION}")
-        known = {"schema", "version", "key", "value", "sink", "window", "mode"}
+        version = data.get("version")
+        if version not in (1, JSON_VERSION) or type(version) is not int:
+            raise ValueError(f"policy version is {version!r}; this kvpack reads versions 1 to {JSON_VERSION}")
+        known = {"schema", "version", "key", "value", "sink", "window", "mode"} | ({"layers"} if version > 1 else set())
         check_fields(data, known, known, "policy")
+        layers = data.get("layers", [])
+        if not isinstance(layers, list):
+            raise ValueError(f"layers is {layers!r}; expected a list")
         return cls(
             method_from_json(data["key"], "key"),
             method_from_json(data["value"], "value"),
             data["sink"],
             data["window"],
             data["mode"],
+            tuple(override_from_json(part, f"layers[{index}]") for index, part in enumerate(layers)),
         )
 
 
@@ -142,15 +189,37 @@ def parse_policy(text: str) -> Policy:
     """Makes a policy of its one-line text form.
 
     Args:
-        text: `NAME[+MOD...]` as `int4+1%+sink`, or `k:SPEC,v:SPEC` as `k:int4,v:kivi-2`.
+        text: `NAME[+MOD...]` as `int4+1%+sink`, or `k:SPEC,v:SPEC` as `k:int4,v:kivi-2`; after it, for layers that
+            differ, any number of `;layersRANGES=SPEC` as `;layers0-1,27=int8`.
 
     Returns:
         The policy; its to_text() is the canonical spelling of text.
 
     Raises:
         ValueError: an unknown name or modifier (the closest ones are named), a number out of its range, a modifier
-            given twice or one that the method does not have.
+            given twice or one that the method does not have, a layer given twice.
     """
+    base, *parts = text.split(";")
+    policy = _parse_one(base)
+    return replace(policy, layers=tuple(_parse_layers(part) for part in parts)) if parts else policy
+
+
+def _parse_layers(text: str) -> LayerOverride:
+    """`layersRANGES=SPEC`, where SPEC names methods alone."""
+    ranges, spec = parse_override(text)
+    policy = _parse_one(spec)
+    if (policy.sink, policy.window, policy.mode) != (0, 0, "oracle"):
+        raise ValueError(
+            f"{text.strip()!r}: sink, window and causal hold for all layers; they stand before the first ';'"
+        )
+    try:
+        return LayerOverride(ranges, policy.key, policy.value)
+    except ValueError as error:
+        raise ValueError(f"{text.strip()!r}: {error}") from error
+
+
+def _parse_one(text: str) -> Policy:
+    """A policy that does not differ by layer."""
     text = text.strip()
     if "," in text or text.startswith(("k:", "v:")):
         return _parse_split(text)

@@ -46,6 +46,7 @@ def simulate_tensor(
     *,
     mode: Mode | None = None,
     head_dim: int | None = None,
+    layer: int | None = None,
     out: Any = None,
     tally: BitsTally | None = None,
 ) -> Any:
@@ -62,6 +63,7 @@ def simulate_tensor(
         kind: `key` or `value`: which of the policy's two methods.
         mode: `oracle` or `causal`; None takes the policy's.
         head_dim: channels of one head, for methods that work per head (pruning); None treats a row as one head.
+        layer: number of the layer, for a policy that differs by layer.
         out: where to write, shape, type and device of x; None allocates. x itself is allowed, and then is changed.
         tally: counts the elements and bits of this call, if given.
 
@@ -69,13 +71,15 @@ def simulate_tensor(
         A tensor of the shape, type and device of x (out, if given). No gradient flows through it.
 
     Raises:
-        ValueError: bad shapes or numbers, unknown policy, a value that is not finite (grids only), with its coordinate.
+        ValueError: bad shapes or numbers, unknown policy, a value that is not finite, with its coordinate; a policy
+            that differs by layer without `layer`.
+        NotImplementedError: codes of Mustafar for a head_dim that tiles do not exist for.
         TypeError: x is no torch or numpy tensor of these types.
 
     Source: docs/numerics.md sections 1 and 4.
     """
     policy = as_policy(policy)
-    method = policy.method_for(kind)
+    method = policy.method_for(kind, layer)
     mode = policy.mode if mode is None else mode
     check_choice("mode", mode, ("oracle", "causal"))
     if head_dim is not None:
@@ -90,7 +94,7 @@ def simulate_tensor(
         compressed = 0
     else:
         inner, inner_out = (x, out) if policy.window == 0 else (x[..., :compressed, :], out[..., :compressed, :])
-        bits = method.simulate(inner, inner_out, protected_tokens=policy.sink, mode=mode, head_dim=head_dim)
+        bits = method.simulate(inner, inner_out, kind=kind, protected_tokens=policy.sink, mode=mode, head_dim=head_dim)
     if compressed < tokens:
         out[..., compressed:, :] = x[..., compressed:, :]
     if tally is not None:

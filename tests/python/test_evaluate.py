@@ -316,6 +316,10 @@ def test_starting_over_an_interrupted_run_is_said(request_for, tmp_path: Path) -
         ({"text_files": ("/no/such/text",)}, "text file /no/such/text cannot be read: No such file"),
         ({"seqlen": 1}, "seqlen is 1; it must be at least 2"),
         ({"seqlen": MAX_POSITIONS + 1}, f"seqlen is {MAX_POSITIONS + 1}; tiny has {MAX_POSITIONS} positions"),
+        (
+            {"policies": ("int4;layers1,7=int8",)},
+            "layers1,7=int8' names layers that tiny lacks: it has 3 layers, 0 to 2",
+        ),
         ({"limit": 0}, "limit is 0; it must be at least 1"),
         ({"dtype": "int8"}, "dtype is 'int8'; it is one of auto"),
         ({"device": "tpu"}, "device is 'tpu'; it is one of auto"),

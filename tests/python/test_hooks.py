@@ -179,6 +179,72 @@ def test_relative_error_is_squared_error_over_squared_norm():
     assert simulation.layer_errors[1]["relative_error"] == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_layers_may_differ(monkeypatch):
+    model, ids = make_model(num_hidden_layers=3, head_dim=64), make_ids()
+    seen = record_attention(model, "sdpa", monkeypatch)
+    logits_of(model, ids)
+    dense = {layer: [matrices(x) for x in pair] for layer, pair in seen.items()}
+    # Layer 0 sees the same keys and values as without simulation, so that they can be compared.
+    for policy in ("mustafar-70-q2+sink;layers1-2=kivi-4", "int4+sink;layers0=k:mustafar-50,v:kivi-2;layers2=fp16"):
+        with simulate(model, policy, measure_errors=True) as simulation:
+            logits_of(model, ids)
+        for x, exact, kind in zip(seen[0], dense[0], ("key", "value"), strict=True):
+            expected = simulate_tensor(exact, policy, kind, head_dim=64, layer=0)
+            assert torch.equal(matrices(x), expected) and not torch.equal(expected, exact)
+    # fp16 in layer 2: no error to record there, and its elements count 16 bits.
+    assert [(e["layer"], e["kind"]) for e in simulation.layer_errors] == [
+        (0, "key"),
+        (0, "value"),
+        (1, "key"),
+        (1, "value"),
+    ]
+    elements = 2 * 80 * 2 * 64
+    expected = BitsTally()
+    for layer in (0, 1):
+        for x, kind in zip(dense[layer], ("key", "value"), strict=True):
+            simulate_tensor(x, simulation.policy, kind, head_dim=64, layer=layer, tally=expected)
+    expected.add(2 * elements, 2 * 16 * elements)
+    assert simulation.tally.elements == expected.elements
+    # Bits of key tiles of layer 0 depend on values, which are those of the dense run there.
+    assert simulation.tally == expected
+
+
+@pytest.mark.parametrize("window", ["", "+window8"])
+def test_a_layer_that_is_exact_sees_what_the_model_makes(window, monkeypatch):
+    model, ids = make_model(), make_ids()
+    seen = record_attention(model, "sdpa", monkeypatch)
+    expected = logits_of(model, ids)
+    dense = {layer: [x.clone() for x in pair] for layer, pair in seen.items()}
+    with simulate(model, f"fp16{window};layers1=mustafar-50") as simulation:
+        changed = logits_of(model, ids)
+    assert torch.equal(seen[0][0], dense[0][0]) and torch.equal(seen[0][1], dense[0][1])
+    assert not torch.equal(changed, expected) and 9 < simulation.tally.bits_per_element < 16
+    assert torch.equal(logits_of(model, ids), expected)
+
+
+def test_windows_and_layers_go_together():
+    model, ids = make_model(), make_ids()
+    with simulate(model, "int4+window8;layers0=int8") as simulation:
+        both = logits_of(model, ids)
+    with simulate(model, "k:int4+window8,v:int4+window8;layers0-1=int8"):
+        eight = logits_of(model, ids)
+    with simulate(model, "int8+window8"):
+        assert torch.equal(logits_of(model, ids), eight)
+    assert not torch.equal(both, eight) and simulation.tally.bits_per_element < 16
+
+
+def test_layers_and_heads_that_the_model_lacks_are_refused_before_a_forward():
+    model = make_model()
+    with pytest.raises(ValueError, match="layers1-2=int8.*LlamaForCausalLM lacks: it has 2 layers, 0 to 1"):
+        simulate(model, "int4;layers1-2=int8")
+    with pytest.raises(ValueError, match="layers7=fp16"):
+        simulate(model, "fp16;layers7=fp16")
+    for policy in ("mustafar-50-q4", "int4;layers1=mustafar-50-q4"):
+        with pytest.raises(NotImplementedError, match="mustafar-50-q4 exists for head_dim 64, 128, 256, not for 16"):
+            simulate(model, policy)
+    simulate(model, "fp16")
+
+
 @pytest.mark.parametrize("policy", ["int4", "kivi-2", "mustafar-50", "mustafar-50+window4"])
 @pytest.mark.parametrize(("kind", "projection"), [("key", "k_proj"), ("value", "v_proj")])
 def test_nan_names_the_layer_and_the_kind(policy, kind, projection):

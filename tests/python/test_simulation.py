@@ -206,13 +206,6 @@ def test_bits_are_counted_honestly(policy, kind, shape, bits):
     assert tally == BitsTally(int(np.prod(shape)), bits)
 
 
-def test_mustafar_on_heads_of_64_takes_nine_and_six_bits():
-    for policy, bits in (("mustafar-50", 9.0), ("mustafar-70", 6.0)):
-        tally = BitsTally()
-        simulate_tensor(random_tokens(10, 128), policy, "key", head_dim=64, tally=tally)
-        assert tally.bits_per_element == bits
-
-
 def test_a_tally_adds_up_and_starts_at_sixteen():
     tally = BitsTally()
     assert tally.bits_per_element == 16.0

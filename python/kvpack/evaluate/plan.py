@@ -121,6 +121,9 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
         dtype = load.choose_dtype(request.dtype, device, files)
         if files.max_positions is not None and request.seqlen > files.max_positions:
             raise ValueError(f"seqlen is {request.seqlen}; {files.name} has {files.max_positions} positions")
+        if files.num_layers is not None:
+            for policy in policies:
+                policy.check_layers(range(files.num_layers), files.name)
         listener.stage("reading the texts")
         all_texts = [texts.load_text(name) for name in names] + own_texts
         listener.stage("loading the tokenizer")

@@ -41,8 +41,9 @@ def simulate(model: nn.Module, policy: Policy | str, *, measure_errors: bool = F
 
     Keys and values are one sequence at a time, [tokens, kv_heads*head_dim] each. Methods with the stage `pre_rope` see
     the output of k_proj, those with `post_rope` what the cache would hold; values are the output of v_proj. With a
-    recent window each query sees the tokens inside its own window dense and the older ones simulated. `fp16` installs
-    nothing. No gradient flows through simulated tensors: a backward pass raises.
+    recent window each query sees the tokens inside its own window dense and the older ones simulated. Layers may
+    differ, by the model's own numbers. `fp16` installs nothing. No gradient flows through simulated tensors: a backward
+    pass raises.
 
     Args:
         model: a decoder-only transformers model, any device kvpack knows.
@@ -53,10 +54,11 @@ def simulate(model: nn.Module, policy: Policy | str, *, measure_errors: bool = F
         The simulation; enter it to change the model, leave it to restore the model exactly, also after an exception.
 
     Raises:
-        ValueError: unknown policy; on entering, a model that is under simulation already; in a forward call, keys or
-            values that are not finite ("layer 7 keys: ...").
-        NotImplementedError: a model whose keys and values cannot be reached, with what is supported; in a forward call,
-            a cache that holds tokens already, padding, packed sequences.
+        ValueError: unknown policy, or one that names layers which the model lacks; on entering, a model that is under
+            simulation already; in a forward call, keys or values that are not finite ("layer 7 keys: ...").
+        NotImplementedError: a model whose keys and values cannot be reached, with what is supported; a method that does
+            not exist for a layer's head_dim; in a forward call, a cache that holds tokens already, padding, packed
+            sequences.
 
     Source: docs/policies.md.
     """
@@ -82,7 +84,12 @@ class Simulation:
         self._measure_errors = measure_errors
         self._errors: dict[tuple[int, Kind], list[float]] = {}
         self._undo = ExitStack()
-        self._layers = [] if policy.is_exact else find_attention_layers(model)
+        layers = [] if policy.is_exact and not policy.layers else find_attention_layers(model)
+        policy.check_layers({layer.index for layer in layers}, type(model).__name__)
+        for layer in layers:
+            for method in policy.methods_for(layer.index):
+                method.check_head_dim(layer.head_dim)
+        self._layers = [] if policy.is_exact else layers
 
     @property
     def layer_errors(self) -> list[dict[str, Any]]:
@@ -123,8 +130,8 @@ class Simulation:
         hooks = {layer.module: _LayerHooks(self, layer) for layer in self._layers}
         for layer_hooks in hooks.values():
             layer_hooks.install(stack)
-        if self.policy.key.stage == "post_rope" or self.policy.window:
-            handlers = {module: layer_hooks.attend for module, layer_hooks in hooks.items()}
+        handlers = {module: part.attend for module, part in hooks.items() if part.needs_attention}
+        if handlers:
             intercept_attention(handlers, self._model, stack)
 
     @contextmanager
@@ -148,13 +155,20 @@ class _LayerHooks:
 
     def __init__(self, simulation: Simulation, layer: AttentionLayer) -> None:
         self.simulation = simulation
-        self.policy = simulation.policy
+        policy = simulation.policy.for_layer(layer.index)
+        # A layer that keeps every bit looks the same with a window of dense tokens and without.
+        self.policy = replace(policy, window=0) if policy.is_exact else policy
         self.layer = layer
         # In a model the window is each query's own, so the tensors are simulated without it and mixed in attention.
         self.policy_inside = replace(self.policy, window=0)
         self.capturing = False
         self.dense: tuple[torch.Tensor, torch.Tensor] | None = None
         self.seen: set[Kind] = set()
+
+    @property
+    def needs_attention(self) -> bool:
+        """True when keys and values have to be met at the attention call."""
+        return self.policy.key.stage == "post_rope" or self.policy.window > 0
 
     def install(self, stack: ExitStack) -> None:
         module = self.layer.module

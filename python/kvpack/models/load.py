@@ -56,6 +56,11 @@ class ModelFiles:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def num_layers(self) -> int | None:
+        """Layers of the decoder, None where its configuration does not say."""
+        return getattr(self.config.get_text_config(), "num_hidden_layers", None)
+
+    @property
     def checkpoint_dtype(self) -> str:
         """Type of the stored weights by their configuration; float32 for a GGUF, which is dequantised to it."""
         dtype = getattr(self.config, "dtype", None) or getattr(self.config.get_text_config(), "dtype", None)
