@@ -152,7 +152,7 @@ void unpack_tile64(const Tile64& tiles, const TensorView& out, void* stream) {
   problem.out = tile64::checked_matrices(out, "out", problem.tiles, device);
   for (int i = 0; i < out.rank && out.num_elements() > 0; ++i) {
     const auto axis = static_cast<std::size_t>(i);
-    if (out.shape[axis] <= 1 || out.strides[axis] > 0) continue;
+    if (out.shape[axis] <= 1 || out.strides[axis] > 0 || out.num_elements() == 0) continue;
     throw InvalidArgument(
         text("out has the strides ", text_of(out.strides, out.rank), "; several of its elements would share memory"));
   }

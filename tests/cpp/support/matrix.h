@@ -27,6 +27,9 @@ enum class Fill {
   kDenormal,  // grids whose scale overflows
   kZeros,     // +0 and -0 mixed
   kHuge,      // a range beyond float32's largest number
+  kSpecial,   // NaN, infinities, zeros of both signs and denormals among normal values
+  kNothing,   // zeros of both signs alone: nothing survives
+  kLone,      // one element of 64 x 64 is not zero
 };
 
 /// How the elements lie.
@@ -150,6 +153,17 @@ inline void Matrix::fill(Fill fill, std::uint32_t seed) {
         case Fill::kHuge:
           value = sample > 0.0f ? 3e38f : -3e38f;
           break;
+        case Fill::kSpecial: {
+          constexpr float kSpecials[] = {NAN, INFINITY, -INFINITY, -0.0f, 0.0f, 6e-8f, -1e-40f};
+          if ((t * 7 + c) % 61 < 7) value = kSpecials[(t * 7 + c) % 61];
+          break;
+        }
+        case Fill::kNothing:
+          value = sample > 0.0f ? 0.0f : -0.0f;
+          break;
+        case Fill::kLone:
+          value = t % 64 == 37 && c % 64 == 21 ? sample : 0.0f;
+          break;
       }
       set(t, c, static_cast<double>(value));
     }
@@ -157,8 +171,8 @@ inline void Matrix::fill(Fill fill, std::uint32_t seed) {
 }
 
 inline const char* name_of(Fill fill) {
-  constexpr const char* kNames[] = {"normal",   "constant", "ties",     "mostly_ties", "positive",
-                                    "negative", "drift",    "denormal", "zeros",       "huge"};
+  constexpr const char* kNames[] = {"normal",   "constant", "ties", "mostly_ties", "positive", "negative", "drift",
+                                    "denormal", "zeros",    "huge", "special",     "nothing",  "lone"};
   return kNames[static_cast<int>(fill)];
 }
 
