@@ -114,7 +114,7 @@ TEST(Tile64Errors, FaultsInBytesNameBatchTileAndBothValues) {
   EXPECT_EQ(checking(16, [](Tiles&) {}), "accepted");
   expect_words(checking(16, [](Tiles& t) { t.starts.as<std::int32_t>()[1] = -4; }), "batch 1, tile 0", "-4");
   expect_words(checking(2, [](Tiles& t) { t.offsets.as<std::int32_t>()[130] = -9; }), "batch 1, tile 2", "-9");
-  expect_words(checking(2, [](Tiles& t) { t.offsets.as<std::int32_t>()[1] = 0; }), "batch 0, tile 0", "elements");
+  expect_words(checking(2, [](Tiles& t) { t.offsets.as<std::int32_t>()[1] = 900; }), "tile 0", "give it 900");
   expect_words(checking(16, [](Tiles& t) { t.offsets.as<std::int32_t>()[5] = 4; }), "batch 0, tile 5", "tile before");
   expect_words(checking(16, [](Tiles& t) { t.offsets.as<std::int32_t>()[128] = 1; }), "tile 128", "tile before");
   expect_words(checking(16, [](Tiles& t) { t.offsets.as<std::int32_t>()[7] = 1 << 30; }), "tile 6", "offsets give it");
