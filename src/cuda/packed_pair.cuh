@@ -55,10 +55,10 @@ __device__ inline std::uint32_t mask_above(std::uint32_t x, std::uint32_t limit)
   return __hgtu2_mask(__habs2(pair_of<kType>(x)), pair_of<kType>(limit));
 }
 
-/// a - b for numbers 1.0 and 0.0.
+/// 1.0 where |x| equals `magnitude` and neither is a NaN, else 0.0.
 template <MmaType kType>
-__device__ inline std::uint32_t subtract_ones(std::uint32_t a, std::uint32_t b) {
-  return bits_of_pair(__hsub2(pair_of<kType>(a), pair_of<kType>(b)));
+__device__ inline std::uint32_t ones_equal(std::uint32_t x, std::uint32_t magnitude) {
+  return bits_of_pair(__heq2(__habs2(pair_of<kType>(x)), pair_of<kType>(magnitude)));
 }
 
 /// Minima; a NaN wins.

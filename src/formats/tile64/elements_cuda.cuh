@@ -9,9 +9,12 @@
 
 namespace kvpack::cuda {
 
-/// First element of matrix `batch`, counted from the dense side's pointer.
+/// First element of matrix `batch`, counted from the dense side's pointer. Batches and heads fit 31 bits, which divide
+/// in a quarter of the time.
 __device__ inline std::int64_t matrix_start(const DenseMatrices& matrices, std::int64_t batch) {
-  return batch / matrices.heads * matrices.sequence_stride + batch % matrices.heads * matrices.head_stride;
+  const auto heads = static_cast<std::uint32_t>(matrices.heads);
+  const auto index = static_cast<std::uint32_t>(batch);
+  return index / heads * matrices.sequence_stride + index % heads * matrices.head_stride;
 }
 
 /// Bits of the float32 that 16 bits stand for.

@@ -27,6 +27,16 @@ struct PackWorkspace {
   std::int64_t blocks_per_batch = 0;
 };
 
+/// A block of tokens and the batch it belongs to. There are fewer than 2^31 tiles, so of blocks too.
+struct PackPlace {
+  std::int64_t batch;
+  std::int64_t block;
+
+  __device__ PackPlace(std::int64_t index, const PackWorkspace& workspace)
+      : batch(static_cast<std::uint32_t>(index) / static_cast<std::uint32_t>(workspace.blocks_per_batch)),
+        block(static_cast<std::uint32_t>(index) % static_cast<std::uint32_t>(workspace.blocks_per_batch)) {}
+};
+
 /// Halves of a payload unit for 16 bits: sizes and places count 16 bytes there, and words of 32 bits for codes.
 inline constexpr int kUnitHalves = static_cast<int>(tile64_f16::kTilePadHalves);
 
@@ -146,8 +156,7 @@ __global__ void __launch_bounds__(kPackThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
   for (std::int64_t b = blockIdx.x; b < workspace.blocks; b += gridDim.x) {
-    const std::int64_t batch = b / workspace.blocks_per_batch;
-    const std::int64_t block = b % workspace.blocks_per_batch;
+    const auto [batch, block] = PackPlace(b, workspace);
     const std::int64_t start = matrix_start(problem.x, batch);
     const float* scores = problem.channel_scores == nullptr
                               ? nullptr

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/shared_store.cuh"
 #include "formats/tile64/pack_cuda.cuh"
 #include "formats/tile64/prune_runs_cuda.cuh"
 
@@ -144,7 +145,7 @@ __device__ void scatter_survivors(const Runs& x, const Tile64Data& out, std::int
   for (int j = 0; j < kRuns; ++j) counts |= static_cast<std::uint32_t>(__popc(bits[j])) << (8 * j);
   const PartSums sums = sum_parts(counts);
   auto* pieces = reinterpret_cast<std::uint16_t*>(out.bitmaps + first_tile);
-  std::uint16_t* targets[kRuns];
+  std::uint32_t targets[kRuns];  // addresses in shared memory
 #pragma unroll
   for (int j = 0; j < kRuns; ++j) {
     const int row = warp * Shape::kRowsPerWarp + 8 * (j / Shape::kRunsPerRow) + lane / kRunParts;
@@ -152,20 +153,26 @@ __device__ void scatter_survivors(const Runs& x, const Tile64Data& out, std::int
                                                  : j % Shape::kRunsPerRow * kTileSize + row;
     const int count = byte_of(sums.all, j);
     pieces[tile * kRunParts + kRunParts - 1 - part] = static_cast<std::uint16_t>(bits[j]);
-    targets[j] = shared.halves + tile * kStagedTile;
+    std::uint16_t* survivors = shared.halves + tile * kStagedTile;
     if (part == 0) shared.tiles[tile] = static_cast<std::uint32_t>(count);
     if (part == 0 && count % kUnitHalves != 0) {
-      reinterpret_cast<uint4*>(targets[j])[count / kUnitHalves] = make_uint4(0, 0, 0, 0);
+      reinterpret_cast<uint4*>(survivors)[count / kUnitHalves] = make_uint4(0, 0, 0, 0);
     }
-    targets[j] += byte_of(sums.before, j);
+    targets[j] = shared_address(survivors + byte_of(sums.before, j));
   }
   __syncwarp();  // zeros that fill up a unit come before the survivors in it
 #pragma unroll
   for (int j = 0; j < kRuns; ++j) {
 #pragma unroll
     for (int w = 0; w < kRunWords; ++w) {
-      if ((bits[j] >> (15 - 2 * w) & 1u) != 0) *targets[j]++ = static_cast<std::uint16_t>(x[j][w]);
-      if ((bits[j] >> (14 - 2 * w) & 1u) != 0) *targets[j]++ = static_cast<std::uint16_t>(x[j][w] >> 16);
+      if ((bits[j] >> (15 - 2 * w) & 1u) != 0) {
+        store_shared_half(targets[j], static_cast<std::uint16_t>(x[j][w]));
+        targets[j] += 2;
+      }
+      if ((bits[j] >> (14 - 2 * w) & 1u) != 0) {
+        store_shared_half(targets[j], static_cast<std::uint16_t>(x[j][w] >> 16));
+        targets[j] += 2;
+      }
     }
   }
 }
@@ -260,8 +267,7 @@ __global__ void __launch_bounds__(kHeadDim)
   const Tile64Data& out = problem.out;
   const int thread = static_cast<int>(threadIdx.x);
   for (std::int64_t b = blockIdx.x; b < workspace.blocks; b += gridDim.x) {
-    const std::int64_t batch = b / workspace.blocks_per_batch;
-    const std::int64_t block = b % workspace.blocks_per_batch;
+    const auto [batch, block] = PackPlace(b, workspace);
     const std::int64_t first_tile = batch * out.tiles + block * kHeadDim;
     std::uint8_t* slot = workspace.slots + b * workspace.slot_bytes;
     {

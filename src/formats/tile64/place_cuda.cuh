@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kPlaceThreads) place_blocks_kernel(Tile64Data 
   constexpr bool kHasCodes = sizeof(Unit) == sizeof(std::uint32_t);
   const std::int64_t capacity = kHasCodes ? out.payload_capacity : out.payload_capacity / kUnitHalves;
   for (std::int64_t b = blockIdx.x; b < workspace.blocks; b += gridDim.x) {
-    const std::int64_t batch = b / workspace.blocks_per_batch;
+    const auto [batch, block] = PackPlace(b, workspace);
     const std::int64_t base = workspace.bases[b];
     const auto* slot = reinterpret_cast<const Unit*>(workspace.slots + b * workspace.slot_bytes);
     auto* target = static_cast<Unit*>(out.payload) + base;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kPlaceThreads) place_blocks_kernel(Tile64Data 
     for (std::int64_t i = threadIdx.x; i < fitting; i += kPlaceThreads) target[i] = __ldcs(slot + i);
     const std::int64_t origin = kHasCodes ? 0 : workspace.bases[batch * workspace.blocks_per_batch];
     const int added = offset_of_units(static_cast<int>(base - origin), out.bits);
-    const std::int64_t first_tile = b % workspace.blocks_per_batch * out.head_dim;
+    const std::int64_t first_tile = block * out.head_dim;
     std::int32_t* offsets = out.offsets + batch * out.offsets_stride() + first_tile;
     for (std::int64_t t = threadIdx.x; t < out.head_dim; t += kPlaceThreads) offsets[t] += added;
   }

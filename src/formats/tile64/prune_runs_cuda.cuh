@@ -189,23 +189,27 @@ __device__ void find_surplus_ties(std::uint32_t (&surplus)[kRuns], const Runs& x
   constexpr int kRows = RunShape<kHeadDim>::kRows;
   constexpr int kRunsPerRow = RunShape<kHeadDim>::kRunsPerRow;
   const bool has_ties = cut.num_ties > 0.0f;
-  const std::uint32_t from = static_cast<std::uint32_t>(has_ties ? cut.tied : cut.at_least) - 1u;
-  const std::uint32_t past = static_cast<std::uint32_t>(cut.at_least) - 1u;  // the same without ties: no tied entry
-  std::uint32_t limits[kRows];                                               // both, and how many stay
+  constexpr std::uint32_t kNoTie = 0x7fffu;  // a NaN that no rank is
+  const std::uint32_t rank = has_ties ? static_cast<std::uint32_t>(cut.tied) : kNoTie;
+  std::uint32_t tied[kRows];
   int num_ties[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    limits[r] = __shfl_sync(kAllLanes, from | past << 16, r * kRunParts / kRows, kRunParts);
+    tied[r] = __shfl_sync(kAllLanes, rank * 0x10001u, r * kRunParts / kRows, kRunParts);
     num_ties[r] = __shfl_sync(kAllLanes, static_cast<int>(cut.num_ties), r * kRunParts / kRows, kRunParts);
   }
   std::uint32_t ties[kRuns];
-  find_run_bits<kType>(ties, [&](int j, int w) {
-    const std::uint32_t both = limits[j / kRunsPerRow];
-    // Nothing is above the rank of a NaN, which is no limit to compare with.
-    const std::uint32_t above =
-        both >> 16 > PackedPair<kType>::kInfinity ? 0u : ones_above<kType>(x[j][w], (both >> 16) * 0x10001u);
-    return subtract_ones<kType>(ones_above<kType>(x[j][w], (both & 0xffffu) * 0x10001u), above);
-  });
+  find_run_bits<kType>(ties, [&](int j, int w) { return ones_equal<kType>(x[j][w], tied[j / kRunsPerRow]); });
+  // A NaN equals nothing, so rows with too many of them, which are rare, need a second look.
+  if (__any_sync(kAllLanes, rank > PackedPair<kType>::kInfinity && has_ties) != 0) {
+    std::uint32_t nans[kRuns];
+    find_run_bits<kType>(
+        nans, [&](int j, int w) { return ones_above<kType>(x[j][w], PackedPair<kType>::kInfinity * 0x10001u); });
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j) {
+      if (tied[j / kRunsPerRow] == (PackedPair<kType>::kInfinity + 1u) * 0x10001u) ties[j] = nans[j];
+    }
+  }
   std::uint32_t counts = 0;
 #pragma unroll
   for (int j = 0; j < kRuns; ++j) counts |= static_cast<std::uint32_t>(__popc(ties[j])) << (8 * j);
