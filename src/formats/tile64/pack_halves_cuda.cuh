@@ -95,8 +95,10 @@ __device__ void prune_and_stage(Runs& x, const CompressTile64Problem& problem, S
   if (!has_ties) return;
 #pragma unroll
   for (int j = 0; j < kRuns; ++j) {
+    const std::uint32_t run = shared_address(shared.halves + staged_run<kHeadDim>(j));
     for (; surplus[j] != 0; surplus[j] &= surplus[j] - 1) {
-      shared.halves[staged_run<kHeadDim>(j) + kRunElements - __ffs(static_cast<int>(surplus[j]))] = 0;
+      const int entry = kRunElements - __ffs(static_cast<int>(surplus[j]));
+      store_shared_half(run + 2u * static_cast<std::uint32_t>(entry), 0);
     }
   }
   if (problem.out.kind == CacheKind::kKey) return;
