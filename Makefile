@@ -91,6 +91,16 @@ demo: install ## what several ways of compressing a real model's KV cache cost; 
 	  $(KVPACK) eval "$$model" $(foreach policy,$(DEMO_POLICIES),--policy '$(policy)') --datasets pydoc $(DEMO_FLAGS) \
 	    --report out/demo.html --json out/demo.json
 
+GENERATE_FLAGS ?=
+
+.PHONY: generate
+generate: install ## write text with SmolLM2's cache in tiles, and compare with simulation; GENERATE_FLAGS="--tokens 24"
+ifeq ($(NO_VENV),)
+	@$(RUN_PYTHON) examples/generate_with_tiles.py $(GENERATE_FLAGS)
+else
+	@$(IN_TREE) $(RUN_PYTHON) examples/generate_with_tiles.py $(GENERATE_FLAGS)
+endif
+
 .PHONY: bench
 bench: build ## the CPU benches, against torch in the same run; BENCH_FLAGS=--quick for a short look
 	@for bench in $(filter-out %_cuda.py,$(wildcard benches/bench_*.py)); do \

@@ -42,6 +42,9 @@ _HOMES = {
     "simulate_tensor": "kvpack.simulation",
     "Simulation": "kvpack.models.hooks",
     "simulate": "kvpack.models.hooks",
+    "TileCache": "kvpack.cache",
+    "CacheMemory": "kvpack.cache",
+    "attend_tiles": "kvpack.models.tile_attention",
 }
 
 __all__ = [
@@ -75,12 +78,17 @@ __all__ = [
     "simulate_tensor",
     "Simulation",
     "simulate",
+    "TileCache",
+    "CacheMemory",
+    "attend_tiles",
 ]
 
 if TYPE_CHECKING:
     from kvpack.attend import attend_tile64, multiply_keys, multiply_values
+    from kvpack.cache import CacheMemory, TileCache
     from kvpack.methods import DenseMethod, Method, UniformMethod, register_method
     from kvpack.models.hooks import Simulation, simulate
+    from kvpack.models.tile_attention import attend_tiles
     from kvpack.mustafar import PruneMethod
     from kvpack.ops import (
         compare_logits,

@@ -35,9 +35,15 @@ def intercept_attention(handlers: dict[nn.Module, AttentionFunction], model: nn.
         stack: takes the callbacks that undo everything.
 
     Raises:
+        ValueError: a module has a handler already.
         NotImplementedError: the model's current implementation cannot be found.
     """
     for module in handlers:
+        if module in _HANDLERS:
+            raise ValueError(
+                f"the attention of {type(model).__name__} is in kvpack's hands already; leave that context "
+                "(kvpack.simulate or kvpack.attend_tiles) before another is entered"
+            )
         _find_attention(module, _implementation_of(module.config))
     for module, handler in handlers.items():
         _HANDLERS[module] = handler
