@@ -46,9 +46,11 @@ struct WarpSoftmax {
 };
 
 /// Weights of a block's 64 tokens as B fragments: of[n][k] holds tokens 16*k + {2i, 2i+1, 2i+8, 2i+9}, column lane/4.
+/// A weight of bfloat16 is wrong by 2^-9, more than the output may be, so what rounding took away is multiplied as well.
 template <int kTiles>
 struct BlockWeights {
   uint2 of[kTiles][4];
+  uint2 residual[kTiles][4];  // softmax in bfloat16 only
 };
 
 /// Starts the loads of a block's weights or logits: 16 tokens a lane and column.
@@ -99,6 +101,12 @@ __device__ inline void rescale(Products<kTiles>& sums, const float (&factor)[kTi
   }
 }
 
+/// What two floats lost when they were rounded to the two bfloat16 of `rounded`.
+__device__ inline std::uint32_t pack_residuals(float low, float high, std::uint32_t rounded) {
+  return pack_floats(low - __uint_as_float(rounded << 16), high - __uint_as_float(rounded & 0xffff0000u),
+                     MmaType::kBFloat16);
+}
+
 /// Online softmax over one block: new maxima, sums rescaled where they grew, weights 2^(logit - maximum + shift).
 template <int kTiles>
 __device__ inline BlockWeights<kTiles> soften(const std::uint32_t (&raw)[kTiles][16], WarpSoftmax<kTiles>& softmax,
@@ -129,6 +137,10 @@ __device__ inline BlockWeights<kTiles> soften(const std::uint32_t (&raw)[kTiles]
         sum += weight[i];
       }
       weights.of[n][k] = make_uint2(pack_floats(weight[0], weight[1], type), pack_floats(weight[2], weight[3], type));
+      if (type == MmaType::kBFloat16) {
+        weights.residual[n][k] = make_uint2(pack_residuals(weight[0], weight[1], weights.of[n][k].x),
+                                            pack_residuals(weight[2], weight[3], weights.of[n][k].y));
+      }
     }
     softmax.sum[n] = softmax.sum[n] * factor[n] + sum;
   }
@@ -239,6 +251,7 @@ __global__ void __launch_bounds__(kAttendThreads, kResident)
   Products<kTiles> sums;
   sums.clear();
   const bool softens = params.input == WeightInput::kLogits;
+  const bool has_residual = softens && params.type == MmaType::kBFloat16;
   WarpSoftmax<kTiles> softmax;
   for (int n = 0; n < kTiles; ++n) {
     softmax.largest[n] = softens ? -INFINITY : 0.0f;
@@ -262,8 +275,14 @@ __global__ void __launch_bounds__(kAttendThreads, kResident)
           weights = softens ? soften(raw, softmax, sums, lane, params.type) : pack_weights(raw);
           block += kAttendWarps;
           multiply_rows(sums, matrices, params.type, [&](int k, int n) { return weights.of[n][k]; });
+          if (has_residual) {
+            multiply_rows(sums, matrices, params.type, [&](int k, int n) { return weights.residual[n][k]; });
+          }
         } else {
           multiply_rows(sums, matrices, params.type, [&](int k, int n) { return weights.of[n][2 + k]; });
+          if (has_residual) {
+            multiply_rows(sums, matrices, params.type, [&](int k, int n) { return weights.residual[n][2 + k]; });
+          }
         }
       });
   __syncthreads();

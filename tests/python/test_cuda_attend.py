@@ -397,7 +397,7 @@ def test_a_long_cache_packed_on_the_gpu_agrees_with_float64(bits):
     case = Case(key_bits=bits, value_bits=bits, batch=1, kv_heads=2, tokens=70_001, rows=2, recent=65)
     k, v = (torch.randn((1, 2, case.tokens, 128), dtype=torch.float16, device=DEVICE) for _ in range(2))
     keys, values = (compress_tile64(x, kind, sparsity=0.7, bits=bits) for x, kind in ((k, "key"), (v, "value")))
-    dense = [unpack_tile64(tiles, out=torch.empty_like(k, dtype=torch.float32)).double() for tiles in (keys, values)]
+    dense = [unpack_tile64(tiles, out=torch.empty_like(k)).double() for tiles in (keys, values)]
     q, recent = query_of(case), recent_of(case)
     expected, expected_lse = attend_in_float64(*dense, q, recent, case)
     out, lse = attend_tile64(q, keys, values, recent=recent, return_lse=True)

@@ -75,13 +75,13 @@ def fill_cache(fill: str, batch: int, kv_heads: int, tokens: int, head_dim: int,
 
 @lru_cache(maxsize=64)
 def tiles_of(kind: str, bits: int, dtype: torch.dtype, shape: tuple[int, ...], fill: str, sparsity: float):
-    """Tiles on the device, and the float64 cache [batch, kv_heads, tokens, head_dim] that they stand for.
+    """Tiles on the device, and the float64 cache [batch, kv_heads, tokens, head_dim] that they stand for in x's type.
 
     Packed and unpacked on the CPU: what CUDA packs is tested elsewhere and must not hide what attention does.
     """
     x = fill_cache(fill, *shape, salt=0 if kind == "key" else 1).to(dtype)
     tiles = compress_tile64(x, kind, sparsity=sparsity, bits=bits)
-    out = torch.empty(shape, dtype=torch.float32)
+    out = torch.empty(shape, dtype=dtype)
     unpack_tile64(tiles, out=out)
     assert x.numel() == 0 or ops.last_implementation() == "reference"
     return tiles.to(DEVICE), out.double().to(DEVICE)
