@@ -48,7 +48,7 @@ struct Tile64 {
 struct Tile64Options {
   double sparsity = 0.0;  ///< share of a row to drop before packing, 0 <= s < 1; 0 packs what is not zero
   PruneRule rule = PruneRule::kExact;
-  const float* channel_scores = nullptr;         ///< f32, multiplies |x| before ranking; may be null
+  const float* channel_scores = nullptr;         ///< f32, multiplies |x| before ranking, on x's device; may be null
   std::int64_t channel_scores_batch_stride = 0;  ///< elements between batches; 0: [head_dim] for all of them
 };
 
@@ -58,8 +58,8 @@ struct Tile64Options {
 
 /// Prunes by magnitude and packs the survivors into tiles, in one go.
 ///   Shapes    x [batches, tokens, head_dim] or [batch, kv_heads, tokens, head_dim], head_dim 64, 128 or 256; `out` as
-///             Tile64 says, all of it written up to the payload's end; workspace [bytes/8] int64 (empty on the CPU);
-///             used [1] int64, on the device of x, receives the payload elements that the tiles take; may be empty
+///             Tile64 says, all of it written, the payload as far as `used`; workspace [bytes/8] int64 (empty on the
+///             CPU); used [1] int64, on the device of x, receives the payload elements that the tiles take; may be empty
 ///   Types     x float16, bfloat16 or float32; a 16-bit payload has x's type, or float16 where x is float32 (RNE)
 ///   Requires  channels of x are adjacent; one device; outputs overlap nothing
 ///   Capacity  on the CPU a payload that is too small throws before anything is written. On a GPU nothing is written past

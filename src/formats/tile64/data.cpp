@@ -12,7 +12,6 @@ namespace kvpack::tile64 {
 namespace {
 
 constexpr std::int64_t kLargestInt32 = std::numeric_limits<std::int32_t>::max();
-constexpr std::int64_t kMostTokens = kLargestInt32 - kTileElements + 1;  // padded_tokens of more would pass 2^31
 
 /// The numbers of int32 that a full tile moves the offsets and the starts on.
 struct FullTile {
