@@ -16,11 +16,13 @@ namespace {
 
 inline constexpr std::int64_t kExpandedFloats = kTileElements * kTileElements;
 
-/// sums += x * tiles [first, first + 64), of which `count` (even) matter, through `expanded` [64][64].
+/// sums += x * tiles [first, first + 64), of which `count` (even) matter, through `expanded` [64][64]. Values are
+/// rounded as for x of type `rounding`.
 template <typename Survivor>
 void multiply_64_tiles(const Tile64Data& tiles, std::int64_t batch, std::int64_t first, std::int64_t count,
-                       const Columns& columns, std::int64_t num_columns, float* expanded, OutsideTile& outside) {
-  const TileReader<Survivor> reader(tiles, batch, outside);
+                       const Columns& columns, std::int64_t num_columns, float* expanded, DType rounding,
+                       OutsideTile& outside) {
+  const TileReader<Survivor> reader(tiles, batch, rounding, outside);
   reader.prefetch(first + kTileElements);
 #if KVPACK_ISA_LANES == 16
   if (reader.all_are_whole(first)) {
@@ -43,11 +45,13 @@ void order_64_sums(float* sums) {
 struct TileProduct {
   decltype(&multiply_64_tiles<Codes<1>>) multiply;
   decltype(&order_64_sums<Codes<1>>) order;
+  DType rounding;  // the type of x
 };
 
-TileProduct product_of(const Tile64Data& tiles) {
-  return with_survivor(
-      tiles, []<typename Survivor>() { return TileProduct{multiply_64_tiles<Survivor>, order_64_sums<Survivor>}; });
+TileProduct product_of(const Tile64Data& tiles, DType rounding) {
+  return with_survivor(tiles, [rounding]<typename Survivor>() {
+    return TileProduct{multiply_64_tiles<Survivor>, order_64_sums<Survivor>, rounding};
+  });
 }
 
 /// target[n][i] = source[n][i] * factor as floats, for i < count, with zeros up to a multiple of 64.
@@ -88,7 +92,7 @@ void score_block(const Tile64Data& keys, const TileProduct& product, std::int64_
   const std::int64_t first = token / kTileElements * keys.head_dim;
   for (std::int64_t channel = 0; channel < keys.head_dim; channel += kTileElements) {
     product.multiply(keys, batch, first + channel, kTileElements, {q + channel, keys.head_dim, scores, kTileElements},
-                     num_columns, expanded, outside);
+                     num_columns, expanded, product.rounding, outside);
   }
   for (std::int64_t n = 0; n < num_columns; ++n) product.order(scores + n * kTileElements);
 }
@@ -100,7 +104,8 @@ void add_block(const Tile64Data& values, const TileProduct& product, std::int64_
   const std::int64_t first = token / kTileElements * values.head_dim;
   for (std::int64_t channel = 0; channel < values.head_dim; channel += kTileElements) {
     product.multiply(values, batch, first + channel, even_tokens(token, end),
-                     {weights, kTileElements, sums + channel, values.head_dim}, num_columns, expanded, outside);
+                     {weights, kTileElements, sums + channel, values.head_dim}, num_columns, expanded, product.rounding,
+                     outside);
   }
 }
 
@@ -112,7 +117,7 @@ void multiply_keys(const MultiplyTile64Problem& problem, OutsideTile& outside) {
   const Tile64Data& keys = problem.tiles;
   const std::int64_t columns = problem.group * problem.rows;
   const Splits splits(keys.batches, columns, keys.tokens, 0);
-  const TileProduct product = product_of(keys);
+  const TileProduct product = product_of(keys, problem.dtype);
   auto multiply_share = [&](std::int64_t task) {
     const Share share = splits.share(task);
     const std::int64_t width = share.num_columns;
@@ -139,7 +144,7 @@ void multiply_values(const MultiplyTile64Problem& problem, OutsideTile& outside)
   const std::int64_t columns = problem.group * problem.rows;
   const std::int64_t head_dim = values.head_dim;
   const Splits splits(values.batches, columns, values.tokens, 0);
-  const TileProduct product = product_of(values);
+  const TileProduct product = product_of(values, problem.dtype);
   float* partials = thread_scratch(splits.partials() * head_dim, Scratch::kCall);
   auto multiply_share = [&](std::int64_t task) {
     const Share share = splits.share(task);
@@ -270,8 +275,8 @@ void attend_tile64(const AttendTile64Problem& problem) {
   const std::int64_t head_dim = problem.keys.head_dim;
   const std::int64_t columns = problem.group * problem.rows;
   const Splits splits(problem.keys.batches, columns, problem.keys.tokens, problem.recent_tokens);
-  const TileProduct key_product = product_of(problem.keys);
-  const TileProduct value_product = product_of(problem.values);
+  const TileProduct key_product = product_of(problem.keys, problem.dtype);
+  const TileProduct value_product = product_of(problem.values, problem.dtype);
   OutsideTile outside_keys;
   OutsideTile outside_values;
   static_assert(sizeof(ColumnState) == 2 * sizeof(float));

@@ -34,10 +34,17 @@ inline __m256 lane_mask(std::uint32_t lane_bits) { return mask_from_bits(lane_bi
 inline constexpr std::uint64_t kEachNibble = 0x1111111111111111u;
 inline constexpr std::uint64_t kEachByte = 0x0101010101010101u;
 
+inline __m256 round_values(__m256 values, const RoundedGrid& grid) {
+  const __m256i words = _mm256_castps_si256(values);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(words, 16), set1_u32(grid.odd_bit));
+  const __m256i raised = _mm256_add_epi32(words, _mm256_add_epi32(odd, set1_u32(grid.half_step)));
+  return _mm256_castsi256_ps(_mm256_and_si256(raised, set1_u32(grid.kept_bits)));
+}
+
 /// Looks 64 values up: each nibble of `indices` is 4 + code for a survivor and 0 elsewhere; lanes 0 to 3 of the table are 0.
-inline void look_up(const std::uint64_t* indices, tile64_q::Grid grid, float* out) {
+inline void look_up(const std::uint64_t* indices, RoundedGrid grid, float* out) {
   const __m256 codes = _mm256_setr_ps(0, 0, 0, 0, 0, 1, 2, 3);
-  const __m256 values = mul(sub(codes, set1(grid.zero)), set1(grid.scale));
+  const __m256 values = round_values(mul(sub(codes, set1(grid.zero)), set1(grid.scale)), grid);
   const __m256 table = _mm256_blend_ps(_mm256_setzero_ps(), values, 0xf0);
   const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
   for (int j = 0; j < 8; ++j) {
@@ -47,7 +54,7 @@ inline void look_up(const std::uint64_t* indices, tile64_q::Grid grid, float* ou
   }
 }
 
-inline void expand(Codes<1>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline void expand(Codes<1>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   std::uint64_t indices[4];
   const std::uint64_t codes = _pdep_u64(load_word(bytes), mask);
   for (int j = 0; j < 4; ++j) {
@@ -56,7 +63,7 @@ inline void expand(Codes<1>, std::uint64_t mask, const std::byte* bytes, tile64_
   look_up(indices, grid, out);
 }
 
-inline void expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline void expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   std::uint64_t indices[4];
   int bit = 0;
   for (int j = 0; j < 4; ++j) {
@@ -69,12 +76,12 @@ inline void expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, tile64_
 }
 
 /// Eight codes in the low bits of lanes to values, 0 where the mask's bit is not set.
-inline void store_values(__m256i codes, std::uint32_t kept, tile64_q::Grid grid, float* out) {
-  const __m256 values = mul(sub(_mm256_cvtepi32_ps(codes), set1(grid.zero)), set1(grid.scale));
+inline void store_values(__m256i codes, std::uint32_t kept, RoundedGrid grid, float* out) {
+  const __m256 values = round_values(mul(sub(_mm256_cvtepi32_ps(codes), set1(grid.zero)), set1(grid.scale)), grid);
   store(out, _mm256_and_ps(values, lane_mask(kept)));
 }
 
-inline void expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline void expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
   int bit = 0;
   for (int j = 0; j < 8; ++j) {
@@ -87,7 +94,7 @@ inline void expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, tile64_
   }
 }
 
-inline void expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline void expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   for (int j = 0; j < 8; ++j) {
     const auto kept = static_cast<std::uint32_t>(mask >> (8 * j)) & 0xffu;
     const std::uint64_t codes = _pdep_u64(load_word(bytes), _pdep_u64(kept, kEachByte) * 255);
@@ -98,12 +105,13 @@ inline void expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, tile64_
 }
 
 template <typename T>
-inline void expand(Halves<T>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid, float* out) {
+inline void expand(Halves<T>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   for (int j = 0; j < 8; ++j) {
     const auto kept = static_cast<std::uint32_t>(mask >> (8 * j)) & 0xffu;
     const auto* places = reinterpret_cast<const __m128i*>(kExpandTable.lanes[kept].data());
     const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(places));
-    const __m256 values = _mm256_permutevar8x32_ps(load(reinterpret_cast<const T*>(bytes)), order);
+    const __m256 halves = round_values(load(reinterpret_cast<const T*>(bytes)), grid);
+    const __m256 values = _mm256_permutevar8x32_ps(halves, order);
     store(out + 8 * j, _mm256_and_ps(values, lane_mask(kept)));
     bytes += 2 * std::popcount(kept);
   }

@@ -26,18 +26,33 @@ inline void reverse_bitmaps(const std::uint64_t* bitmaps, std::uint64_t* masks) 
   }
 }
 
+inline bool rounds(const RoundedGrid& grid) { return grid.half_step != 0; }
+
+inline __m512 round_values(__m512 values, const RoundedGrid& grid) {
+  const __m512i words = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(words, 16), set1_u32(grid.odd_bit));
+  const __m512i raised = _mm512_add_epi32(words, _mm512_add_epi32(odd, set1_u32(grid.half_step)));
+  return _mm512_castsi512_ps(_mm512_and_si512(raised, set1_u32(grid.kept_bits)));
+}
+
 /// Codes 0, 1, .. in the upper lanes of a table that starts with `first`.
-inline __m512 table_of(int first, tile64_q::Grid grid) {
+inline __m512 table_of(int first, RoundedGrid grid) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512 codes = _mm512_cvtepi32_ps(_mm512_sub_epi32(lanes, _mm512_set1_epi32(first)));
   const auto upper = static_cast<__mmask16>(0xffffu << first);
-  return _mm512_maskz_mul_ps(upper, sub(codes, set1(grid.zero)), set1(grid.scale));
+  const __m512 values = _mm512_maskz_mul_ps(upper, sub(codes, set1(grid.zero)), set1(grid.scale));
+  return rounds(grid) ? round_values(values, grid) : values;
 }
 
 /// An expanded tile in registers.
 struct TileVectors {
   __m512 of[4];
 };
+
+inline TileVectors round_tile(const TileVectors& tile, const RoundedGrid& grid) {
+  return {{round_values(tile.of[0], grid), round_values(tile.of[1], grid), round_values(tile.of[2], grid),
+           round_values(tile.of[3], grid)}};
+}
 
 /// Looks up the low four bits of each byte.
 inline TileVectors look_up(__m512i bytes, __m512 table) {
@@ -52,14 +67,14 @@ inline std::uint64_t load_word(const std::byte* bytes) {
   return word;
 }
 
-inline TileVectors expand(Codes<1>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid) {
+inline TileVectors expand(Codes<1>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid) {
   // A bit is spread as it is; survivors' bytes are 14 + code.
   const std::uint64_t ones = _pdep_u64(load_word(bytes), mask);
   const __m512i survivors = _mm512_maskz_mov_epi8(mask, _mm512_set1_epi8(14));
   return look_up(_mm512_mask_mov_epi8(survivors, ones, _mm512_set1_epi8(15)), table_of(14, grid));
 }
 
-inline TileVectors expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid) {
+inline TileVectors expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid) {
   // Each word of 64 bits holds 32 codes and feeds four words of eight bytes.
   const auto* words = reinterpret_cast<const __m128i*>(bytes);
   const __m512i first = _mm512_broadcastq_epi64(_mm_loadl_epi64(words));
@@ -71,7 +86,7 @@ inline TileVectors expand(Codes<2>, std::uint64_t mask, const std::byte* bytes, 
   return look_up(_mm512_maskz_expand_epi8(mask, spread), table_of(12, grid));
 }
 
-inline TileVectors expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid) {
+inline TileVectors expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid) {
   // A byte becomes a word 0000'0000'bbbb'aaaa, and that xxx1'bbbb'xxx1'aaaa: bit 4 says survivor, and chooses the table.
   const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
   const __m512i low_nibbles = _mm512_set1_epi8(0x0f);
@@ -86,7 +101,7 @@ inline TileVectors expand(Codes<4>, std::uint64_t mask, const std::byte* bytes, 
            _mm512_permutex2var_ps(nothing, _mm512_srli_epi32(placed, 24), table)}};
 }
 
-inline TileVectors expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid) {
+inline TileVectors expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid) {
   const __m512i placed = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(bytes));
   const __m512 zero = set1(grid.zero);
   const __m512 scale = set1(grid.scale);
@@ -98,7 +113,7 @@ inline TileVectors expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, 
     const auto kept = static_cast<__mmask16>(_pext_u64(mask, std::uint64_t{0x1111111111111111} << j));
     tile.of[j] = _mm512_maskz_mul_ps(kept, sub(_mm512_cvtepi32_ps(codes), zero), scale);
   }
-  return tile;
+  return rounds(grid) ? round_tile(tile, grid) : tile;
 }
 
 /// 64 halves at the places of their elements, 32 a vector.
@@ -114,16 +129,18 @@ inline PlacedHalves place_halves(std::uint64_t mask, const std::byte* bytes) {
           _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(bytes + 2 * std::popcount(low)))};
 }
 
-inline TileVectors expand(Halves<Half>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid) {
+inline TileVectors expand(Halves<Half>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid) {
   const PlacedHalves placed = place_halves(mask, bytes);
-  return {{_mm512_cvtph_ps(_mm512_castsi512_si256(placed.low)),
-           _mm512_cvtph_ps(_mm512_extracti64x4_epi64(placed.low, 1)),
-           _mm512_cvtph_ps(_mm512_castsi512_si256(placed.high)),
-           _mm512_cvtph_ps(_mm512_extracti64x4_epi64(placed.high, 1))}};
+  TileVectors tile = {{_mm512_cvtph_ps(_mm512_castsi512_si256(placed.low)),
+                       _mm512_cvtph_ps(_mm512_extracti64x4_epi64(placed.low, 1)),
+                       _mm512_cvtph_ps(_mm512_castsi512_si256(placed.high)),
+                       _mm512_cvtph_ps(_mm512_extracti64x4_epi64(placed.high, 1))}};
+  // Only for queries of another type than the payload.
+  return rounds(grid) ? round_tile(tile, grid) : tile;
 }
 
 /// Vectors 0 and 1 hold the even and the odd ones of elements 0 to 31, vectors 2 and 3 of the others.
-inline TileVectors expand(Halves<BFloat16>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid) {
+inline TileVectors expand(Halves<BFloat16>, std::uint64_t mask, const std::byte* bytes, RoundedGrid) {
   const PlacedHalves placed = place_halves(mask, bytes);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(placed.low, 16)),
@@ -139,7 +156,7 @@ inline void store_tile(const TileVectors& tile, float* out) {
 
 /// The same to memory, as the other instruction sets do.
 template <typename Survivor>
-inline void expand(Survivor, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline void expand(Survivor, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   store_tile(expand(Survivor{}, mask, bytes, grid), out);
 }
 

@@ -15,10 +15,11 @@ namespace {
 template <typename Survivor>
 class TileReader {
  public:
-  TileReader(const Tile64Data& tiles, std::int64_t batch, OutsideTile& outside)
+  TileReader(const Tile64Data& tiles, std::int64_t batch, DType rounding, OutsideTile& outside)
       : tiles_(tiles),
         batch_(batch),
         outside_(outside),
+        rounding_(rounding_to(rounding)),
         bitmaps_(tiles.bitmaps + batch * tiles.tiles),
         offsets_(tiles.offsets + batch * tiles.offsets_stride()),
         payload_(static_cast<const std::byte*>(tiles.payload)) {
@@ -61,9 +62,12 @@ class TileReader {
 
   [[nodiscard]] const std::byte* bytes_of(std::int64_t tile) const { return payload_ + byte_of(offsets_[tile]); }
 
-  [[nodiscard]] tile64_q::Grid grid_of(std::int64_t tile) const {
-    if constexpr (Survivor::kHasGrid) return {scales_[tile], zeros_[tile]};
-    return {};
+  [[nodiscard]] RoundedGrid grid_of(std::int64_t tile) const {
+    if constexpr (Survivor::kHasGrid) {
+      return {scales_[tile], zeros_[tile], rounding_.half_step, rounding_.odd_bit, rounding_.kept_bits};
+    } else {
+      return rounding_;
+    }
   }
 
   /// Asks for what expand_tiles(first, ..) will read, up to the payload, which the processor streams by itself.
@@ -98,6 +102,7 @@ class TileReader {
   const Tile64Data& tiles_;
   std::int64_t batch_;
   OutsideTile& outside_;
+  RoundedGrid rounding_;
   const std::uint64_t* bitmaps_;
   const std::int32_t* offsets_;
   const std::byte* payload_;

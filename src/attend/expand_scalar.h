@@ -14,23 +14,28 @@ inline void reverse_bitmaps(const std::uint64_t* bitmaps, std::uint64_t* masks) 
   }
 }
 
+inline float round_value(float value, const RoundedGrid& grid) {
+  const auto word = std::bit_cast<std::uint32_t>(value);
+  return std::bit_cast<float>((word + grid.half_step + ((word >> 16) & grid.odd_bit)) & grid.kept_bits);
+}
+
 template <int kBits>
-inline void expand(Codes<kBits>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid grid, float* out) {
+inline void expand(Codes<kBits>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   std::fill_n(out, kTileElements, 0.0f);
   for (int j = 0; mask != 0; mask &= mask - 1, ++j) {
     const auto byte = std::to_integer<std::uint32_t>(bytes[j * kBits / 8]);
     const std::uint32_t code = (byte >> (j * kBits % 8)) & ((1u << kBits) - 1u);
-    out[std::countr_zero(mask)] = tile64_q::value_of(code, grid);
+    out[std::countr_zero(mask)] = round_value(tile64_q::value_of(code, {grid.scale, grid.zero}), grid);
   }
 }
 
 template <typename T>
-inline void expand(Halves<T>, std::uint64_t mask, const std::byte* bytes, tile64_q::Grid, float* out) {
+inline void expand(Halves<T>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   std::fill_n(out, kTileElements, 0.0f);
   for (; mask != 0; mask &= mask - 1, bytes += sizeof(T)) {
     T half;
     std::memcpy(&half, bytes, sizeof(T));
-    out[std::countr_zero(mask)] = to_float(half);
+    out[std::countr_zero(mask)] = round_value(to_float(half), grid);
   }
 }
 

@@ -31,6 +31,23 @@ struct Halves {
   static constexpr std::int64_t kReadBytes = kTileElements * 2;
 };
 
+/// The grid of a tile, and how the values that codes stand for are rounded: to bfloat16 (RNE) where queries are bfloat16, as
+/// unpacking to their type would. Ties are common, because scales of bfloat16 tensors have few bits. For float16 queries
+/// rounding would change less than their tolerance allows, and is left out.
+struct RoundedGrid {
+  float scale = 1.0f;
+  float zero = 0.0f;
+  std::uint32_t half_step = 0;            // 0x7fff, or 0 for no rounding
+  std::uint32_t odd_bit = 0;              // 1: half steps go to the even side
+  std::uint32_t kept_bits = 0xffffffffu;  // 0xffff0000, or all
+};
+
+/// Rounding alone.
+inline RoundedGrid rounding_to(DType dtype) {
+  if (dtype == DType::kBFloat16) return {1.0f, 0.0f, 0x7fffu, 1u, 0xffff0000u};
+  return {};
+}
+
 /// Calls body.template operator()<Survivor>() with the tag of these tiles.
 template <typename Body>
 auto with_survivor(const Tile64Data& tiles, Body&& body) {
