@@ -61,6 +61,17 @@ __device__ inline std::uint32_t ones_equal(std::uint32_t x, std::uint32_t magnit
   return bits_of_pair(__heq2(__habs2(pair_of<kType>(x)), pair_of<kType>(magnitude)));
 }
 
+/// 1.0 where x is at least `limit` and neither is a NaN, else 0.0.
+template <MmaType kType>
+__device__ inline std::uint32_t ones_at_least(std::uint32_t x, std::uint32_t limit) {
+  return bits_of_pair(__hge2(pair_of<kType>(x), pair_of<kType>(limit)));
+}
+
+template <MmaType kType>
+__device__ inline std::uint32_t pair_sum(std::uint32_t a, std::uint32_t b) {
+  return bits_of_pair(__hadd2(pair_of<kType>(a), pair_of<kType>(b)));
+}
+
 /// Minima; a NaN wins.
 template <MmaType kType>
 __device__ inline std::uint32_t pair_min(std::uint32_t a, std::uint32_t b) {
@@ -85,10 +96,10 @@ __device__ inline float upper_value(std::uint32_t x) {
   return __high2float(pair_of<MmaType::kHalf>(x));
 }
 
-/// Bits of a number that is rounded from a float32, towards anything near.
+/// Bits of the number nearest to a float32.
 template <MmaType kType>
 __device__ inline std::uint32_t bits_near(float value) {
-  if constexpr (kType == MmaType::kBFloat16) return __float_as_uint(value) >> 16;
+  if constexpr (kType == MmaType::kBFloat16) return __bfloat16_as_ushort(__float2bfloat16_rn(value));
   return __half_as_ushort(__float2half_rn(value));
 }
 

@@ -1,5 +1,5 @@
-// Compressing to tiles, unpacking and checking them on the GPU. Compressing is three kernels: pack blocks of 64 tokens
-// into slots of their own, add up the blocks' sizes, move every block to its place. No block waits for another one.
+// Compressing to tiles, unpacking and checking them on the GPU. Compressing is two kernels: pack blocks of 64 tokens into
+// slots of their own, then move every block to its place. No block waits for another one.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -24,8 +24,8 @@ PackWorkspace divide_workspace(const CompressTile64Problem& problem) {
   workspace.blocks_per_batch = tile64::blocks_of(problem.out.tokens);
   workspace.blocks = problem.out.batches * workspace.blocks_per_batch;
   workspace.slot_bytes = tile64::slot_bytes(problem.out.bits, problem.out.head_dim);
-  workspace.bases = static_cast<std::int64_t*>(problem.workspace);
-  const auto behind = reinterpret_cast<std::uintptr_t>(workspace.bases + workspace.blocks + 1);
+  workspace.sizes = static_cast<std::int32_t*>(problem.workspace);
+  const auto behind = reinterpret_cast<std::uintptr_t>(workspace.sizes + workspace.blocks);
   const auto aligned = (behind + tile64::kSlotAlignment - 1) / tile64::kSlotAlignment * tile64::kSlotAlignment;
   workspace.slots = reinterpret_cast<std::uint8_t*>(aligned);
   return workspace;
@@ -89,18 +89,18 @@ void compress_tile64(const CompressTile64Problem& problem) {
   const DeviceGuard device(problem.workspace, "workspace");
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const PackWorkspace workspace = divide_workspace(problem);
-  if (workspace.blocks > 0) {
-    launch_pack(problem, workspace);
-    check_cuda(cudaGetLastError(), "launch the packing of compress_tile64");
+  if (workspace.blocks == 0) {
+    place_nothing_kernel<<<grid_blocks(divide_up(problem.out.batches, kPlaceThreads)), kPlaceThreads, 0, stream>>>(
+        problem.out, problem.used);
+    return check_cuda(cudaGetLastError(), "launch compress_tile64 of nothing");
   }
-  scan_blocks_kernel<<<1, kScanThreads, 0, stream>>>(problem.out, workspace, problem.used);
-  check_cuda(cudaGetLastError(), "launch the scan of compress_tile64");
-  if (workspace.blocks == 0) return;
+  launch_pack(problem, workspace);
+  check_cuda(cudaGetLastError(), "launch the packing of compress_tile64");
+  const int shares = std::min(grid_blocks(divide_up(workspace.blocks, kPlaceThreads / kWarpLanes)), kMostPlaceBlocks);
   if (problem.out.bits == kUnquantizedBits) {
-    place_blocks_kernel<uint4><<<grid_blocks(workspace.blocks), kPlaceThreads, 0, stream>>>(problem.out, workspace);
+    place_blocks_kernel<uint4><<<shares, kPlaceThreads, 0, stream>>>(problem.out, workspace, problem.used);
   } else {
-    place_blocks_kernel<std::uint32_t>
-        <<<grid_blocks(workspace.blocks), kPlaceThreads, 0, stream>>>(problem.out, workspace);
+    place_blocks_kernel<std::uint32_t><<<shares, kPlaceThreads, 0, stream>>>(problem.out, workspace, problem.used);
   }
   check_cuda(cudaGetLastError(), "launch the placing of compress_tile64");
 }

@@ -20,7 +20,7 @@ inline constexpr int kTileSize = static_cast<int>(kTileElements);
 
 /// The working memory of formats/tile64/workspace.h, and how many blocks of 64 tokens there are.
 struct PackWorkspace {
-  std::int64_t* bases = nullptr;  // [blocks + 1]: size of each block, then where it starts; in payload units
+  std::int32_t* sizes = nullptr;  // [blocks]: payload units of each block
   std::uint8_t* slots = nullptr;  // [blocks, slot_bytes]
   std::int64_t slot_bytes = 0;
   std::int64_t blocks = 0;
@@ -144,7 +144,7 @@ constexpr std::int64_t pack_any_shared_bytes(std::int64_t head_dim) {
 /// Launch  any number of blocks of kPackThreads, pack_any_shared_bytes of shared memory
 /// Work    block i takes blocks of tokens i, i + gridDim.x, ...
 /// Reads   x once, channel_scores
-/// Writes  bitmaps, scales, zeros; offsets within the block; the block's payload to its slot, its size to bases
+/// Writes  bitmaps, scales, zeros; offsets within the block; the block's payload to its slot, its size to sizes
 /// Needs   head_dim = 32 * kSlots <= kPackThreads
 template <int kSlots>
 __global__ void __launch_bounds__(kPackThreads)
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kPackThreads)
     int total = 0;
     const int units = tile_units(__popcll(bitmap), out.bits);
     const int place = exclusive_block_sum<kPackThreads>(units, &total);
-    if (threadIdx.x == 0) workspace.bases[b] = total;
+    if (threadIdx.x == 0) workspace.sizes[b] = total;
     if (has_tile) {
       const std::int64_t index = batch * out.tiles + block * kHeadDim + tile;
       std::uint8_t* slot = workspace.slots + b * workspace.slot_bytes;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/shared_store.cuh"
+#include "formats/tile64/codes_cuda.cuh"
 #include "formats/tile64/pack_cuda.cuh"
 #include "formats/tile64/prune_runs_cuda.cuh"
 
@@ -18,7 +19,7 @@ template <int kHeadDim>
 struct alignas(16) PackShared {
   /// First the pruned rows, [64][kHeadDim + 8]; later each tile's survivors, [kHeadDim][kStagedTile].
   std::uint16_t halves[kHeadDim * kStagedTile];
-  float4 grids[kHeadDim];         // scale, zero, 1/scale, how near to a boundary a code must be computed exactly
+  float4 grids[kHeadDim];         // what quick_grid() or code_steps() tells
   std::uint32_t tiles[kHeadDim];  // survivors; then also 256 times the payload units before the tile
 };
 
@@ -179,77 +180,6 @@ __device__ void scatter_survivors(const Runs& x, const Tile64Data& out, std::int
   }
 }
 
-/// A tile's grid, by one thread from its survivors in shared memory.
-template <MmaType kType>
-__device__ tile64_q::Grid packed_grid(const std::uint16_t* survivors, int count, int bits) {
-  if (count == 0) return {};
-  const std::uint32_t first = survivors[0] * 0x10001u;
-  std::uint32_t low = first;
-  std::uint32_t high = first;
-  for (int unit = 0; unit * kUnitHalves < count; ++unit) {
-    const uint4 words = reinterpret_cast<const uint4*>(survivors)[unit];
-    const std::uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int missing = unit * kUnitHalves + 2 * w + 2 - count;  // of this pair: at most 0 if none
-      std::uint32_t pair = pairs[w];
-      if (missing > 0) pair = missing == 1 ? (pair & 0xffffu) | (first & 0xffff0000u) : first;
-      low = pair_min<kType>(low, pair);
-      high = pair_max<kType>(high, pair);
-    }
-  }
-  low = pair_min<kType>(low, low >> 16 | low << 16);
-  high = pair_max<kType>(high, high >> 16 | high << 16);
-  return tile64_q::grid_of(lower_value<kType>(low), lower_value<kType>(high), bits);
-}
-
-/// The code of a survivor, equal to tile64_q::code_of: a product with 1/scale decides unless it comes near a boundary,
-/// where only the true quotient can.
-__device__ inline std::uint32_t quick_code(float value, float4 grid, int bits, int largest) {
-  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const float quotient = value * grid.z;
-  const float rounded = quotient + kWhole;
-  const float distance = fabsf(quotient - (rounded - kWhole));
-  if (!(distance < 0.5f - grid.w)) return tile64_q::code_of(value, {grid.x, grid.y}, bits);
-  const int code = __float_as_int(rounded + grid.y) - __float_as_int(kWhole);
-  return static_cast<std::uint32_t>(min(max(code, 0), largest));
-}
-
-/// Scale, zero, 1/scale and the margin of quick_code. The product errs by less than 2^-22 of the quotient, and so does
-/// the reference's own sum with 0.5; quotients stay below |zero| + 2^bits. A margin of 1 always asks for the quotient.
-__device__ inline float4 quick_grid(tile64_q::Grid grid, int bits) {
-  const float reach = fabsf(grid.zero) + static_cast<float>(1 << bits);
-  const bool is_plain = reach < 65536.0f && grid.scale > 1e-30f && grid.scale < 1e30f;
-  return make_float4(grid.scale, grid.zero, __frcp_rn(grid.scale), is_plain ? (reach + 1.0f) * 0x1p-20f : 1.0f);
-}
-
-/// Writes the codes of the 8 survivors of one unit, and of what fills up its word: bits bytes.
-template <MmaType kType>
-__device__ void write_unit_codes(const std::uint16_t* survivors, int count, int unit, float4 grid, int bits, int words,
-                                 std::uint8_t* target) {
-  std::uint64_t codes = 0;
-  if (unit * kUnitHalves < count) {
-    const int largest = (1 << bits) - 1;
-    const uint4 loaded = reinterpret_cast<const uint4*>(survivors)[unit];
-    const std::uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-    for (int w = 3; w >= 0; --w) {
-      const int place = unit * kUnitHalves + 2 * w;
-      const std::uint32_t upper =
-          place + 1 < count ? quick_code(upper_value<kType>(pairs[w]), grid, bits, largest) : 0u;
-      const std::uint32_t lower = place < count ? quick_code(lower_value<kType>(pairs[w]), grid, bits, largest) : 0u;
-      codes = codes << (2 * bits) | (upper << bits | lower);
-    }
-  }
-  std::uint8_t* piece = target + unit * bits;
-  if (bits == 1) *piece = static_cast<std::uint8_t>(codes);
-  if (bits == 2) *reinterpret_cast<std::uint16_t*>(piece) = static_cast<std::uint16_t>(codes);
-  if (bits >= 4) *reinterpret_cast<std::uint32_t*>(piece) = static_cast<std::uint32_t>(codes);
-  if (bits == 8 && 2 * unit + 1 < words) {
-    reinterpret_cast<std::uint32_t*>(piece)[1] = static_cast<std::uint32_t>(codes >> 32);
-  }
-}
-
 /// Prunes a block of 64 tokens and packs its tiles, as pack_any_kernel does.
 ///
 ///   x [64][128]  ->  rows, pruned, in registers: lane 4*g + part has 16 channels of four runs (prune_runs_cuda.cuh)
@@ -260,7 +190,7 @@ __device__ void write_unit_codes(const std::uint16_t* survivors, int count, int 
 /// Launch  any number of blocks of kHeadDim threads
 /// Work    block i takes blocks of tokens i, i + gridDim.x, ...; 16 rows a warp, four lanes a tile
 /// Reads   x once, 16 bytes at a time
-/// Writes  bitmaps, scales, zeros; offsets within the block; the block's payload to its slot, its size to bases
+/// Writes  bitmaps, scales, zeros; offsets within the block; the block's payload to its slot, its size to sizes
 /// Needs   x of 16 bits on boundaries of 16 bytes, without channel scores; sm_80 for the product and the minima
 template <int kHeadDim, MmaType kType>
 __global__ void __launch_bounds__(kHeadDim)
@@ -287,14 +217,14 @@ __global__ void __launch_bounds__(kHeadDim)
     const int count = static_cast<int>(shared.tiles[thread]);
     int total = 0;
     const int place = exclusive_block_sum<kHeadDim>(tile_units(count, out.bits), &total);
-    if (thread == 0) workspace.bases[b] = total;
+    if (thread == 0) workspace.sizes[b] = total;
     shared.tiles[thread] = static_cast<std::uint32_t>(count | place << 8);
     out.offsets[batch * out.offsets_stride() + block * kHeadDim + thread] = offset_of_units(place, out.bits);
     if (out.bits != kUnquantizedBits) {
       const tile64_q::Grid grid = packed_grid<kType>(shared.halves + thread * kStagedTile, count, out.bits);
       out.scales[first_tile + thread] = grid.scale;
       out.zeros[first_tile + thread] = grid.zero;
-      shared.grids[thread] = quick_grid(grid, out.bits);
+      shared.grids[thread] = out.bits <= kMostStepBits ? code_steps<kType>(grid, out.bits) : quick_grid(grid, out.bits);
     }
     __syncthreads();
     for (int tile = thread / kRunParts; tile < kHeadDim; tile += kHeadDim / kRunParts) {

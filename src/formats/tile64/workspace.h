@@ -1,7 +1,7 @@
 // Working memory of compress_tile64 on a GPU: how its bytes are shared out, for the entry that asks for them and the
 // kernels that use them.
 //
-//   | bases: int64 [blocks + 1] | up to 16 bytes | slot of block 0 | slot of block 1 | ...
+//   | sizes: int32 [blocks] | up to 16 bytes | slot of block 0 | slot of block 1 | ...
 //
 // A block is 64 tokens of one batch. Its payload lies in its slot, which holds the worst case, until the sizes of all
 // blocks before it are known: nothing has to be counted in advance, and no block waits for another one.
@@ -30,8 +30,8 @@ KVPACK_HOST_DEVICE constexpr std::int64_t slot_bytes(std::int32_t bits, std::int
 constexpr std::int64_t compress_workspace_bytes(std::int32_t bits, std::int64_t batches, std::int64_t tokens,
                                                 std::int64_t head_dim) {
   const std::int64_t blocks = batches * blocks_of(tokens);
-  return (blocks + 1) * static_cast<std::int64_t>(sizeof(std::int64_t)) + kSlotAlignment +
-         blocks * slot_bytes(bits, head_dim);
+  const std::int64_t words = (blocks + 1) / 2;  // of 8 bytes, for the sizes
+  return words * static_cast<std::int64_t>(sizeof(std::int64_t)) + kSlotAlignment + blocks * slot_bytes(bits, head_dim);
 }
 
 }  // namespace kvpack::tile64
