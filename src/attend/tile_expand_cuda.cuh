@@ -49,7 +49,7 @@ __device__ inline std::uint32_t pick_bytes(std::uint32_t low, std::uint32_t high
 template <int kBits>
 __device__ inline void fill_table(std::uint32_t* table) {
   if constexpr (kBits == kUnquantizedBits) {
-    // Entry of four elements: {PRMT selectors of elements 0 1 and 2 3, bits of the first two's halves | halves << 8}.
+    // Entry of four elements: {PRMT selectors of elements 0 1 and 2 3, bits that the halves of the first two take}.
     for (int mask = threadIdx.x; mask < 16; mask += blockDim.x) {
       std::uint32_t selectors = 0;
       for (int pair = 0; pair < 2; ++pair) {
@@ -62,7 +62,7 @@ __device__ inline void fill_table(std::uint32_t* table) {
         }
       }
       table[2 * mask] = selectors;
-      table[2 * mask + 1] = static_cast<std::uint32_t>(16 * __popc(mask >> 2) | __popc(mask) << 8);
+      table[2 * mask + 1] = static_cast<std::uint32_t>(16 * __popc(mask >> 2));
     }
   } else {
     for (int mask = threadIdx.x; mask < 256; mask += blockDim.x) {
@@ -269,27 +269,31 @@ __device__ inline void expand_long(const ExpandLane& lane, const LaneTile& tile,
 /// Expands a tile of 16-bit survivors, four elements at a time: the window of the next four halves is shifted into place
 /// and each pair of elements picks its halves, or zero bytes, with one PRMT.
 __device__ inline void expand_halves(const ExpandLane& lane, const LaneTile& tile, const std::uint32_t* column) {
-  const uint2* entries = reinterpret_cast<const uint2*>(lane.table);
-  std::uint32_t rank = 0;  // halves behind us
+  const char* entries = reinterpret_cast<const char*>(lane.table);
+  std::uint32_t place = 0;  // 64 times the halves behind us: half a row of the column each
 #pragma unroll
   for (int first = 0; first < 16; first += kChunksInFlight) {
     uint2 entry[kChunksInFlight];
     std::uint32_t low[kChunksInFlight], high[kChunksInFlight];
 #pragma unroll
     for (int i = 0; i < kChunksInFlight; ++i) {
-      const int quad = first + i;  // of elements
-      entry[i] = entries[(quad < 8 ? tile.first : tile.second) >> (28 - 4 * (quad % 8)) & 0xfu];
-      const std::uint32_t* window = column + rank / 2 * kWarpLanes;
+      const int quad = first + i;  // of elements; its bits times 8 are the entry's offset
+      const std::uint32_t word = quad < 8 ? tile.first : tile.second;
+      const int shift = 28 - 4 * (quad % 8) - 3;
+      const std::uint32_t offset = (shift >= 0 ? word >> shift : word << -shift) & 0x78u;
+      entry[i] = *reinterpret_cast<const uint2*>(entries + offset);
+      const auto* window =
+          reinterpret_cast<const std::uint32_t*>(reinterpret_cast<const char*>(column) + (place & ~127u));
       const std::uint32_t middle = window[kWarpLanes];
-      low[i] = __funnelshift_r(window[0], middle, rank * 16);  // funnel shifts count modulo 32
-      high[i] = __funnelshift_r(middle, window[2 * kWarpLanes], rank * 16);
-      rank += entry[i].y >> 8;
+      low[i] = __funnelshift_r(window[0], middle, place / 4);  // by 16 where the count is odd: modulo 32
+      high[i] = __funnelshift_r(middle, window[2 * kWarpLanes], place / 4);
+      place += 64 * __popc(offset);
     }
     std::uint32_t out[2 * kChunksInFlight];
 #pragma unroll
     for (int i = 0; i < kChunksInFlight; ++i) {
       out[2 * i] = pick_bytes(low[i], 0, entry[i].x);
-      out[2 * i + 1] = pick_bytes(__funnelshift_rc(low[i], high[i], entry[i].y & 0xffu), 0, entry[i].x >> 16);
+      out[2 * i + 1] = pick_bytes(__funnelshift_rc(low[i], high[i], entry[i].y), 0, entry[i].x >> 16);
     }
 #pragma unroll
     for (int i = 0; i < kChunksInFlight / 2; ++i) {
