@@ -1,0 +1,28 @@
+"""Calibration: what codebook methods know of a model before they see a text, and the file that keeps it.
+
+Made by `kvpack calibrate MODEL -o FILE`, or here:
+
+    from kvpack.calibrate import Calibration, calibrate
+
+    calibrate("path/to/model", "model.safetensors", bits=(2, 3))         # runs the model; Request has every option
+    calibration = Calibration.load("model.safetensors")                  # checked as if it came from an enemy
+    calibration.check_model(model)                                       # refuses a file made for other weights
+
+    codebook = calibration.codebook(layer=0, kind="key", bits=3)         # float32 [8], ascending, within [-1, 1]
+    lower, upper = calibration.thresholds(layer=0, kind="key")           # float32 [channels] each, of float16 values
+    scale, offset = calibration.norm(layer=0, kind="key", bits=3)        # Q-Norm of that codebook
+
+Layers are the model's own numbers, kinds are "key" (output of k_proj, before RoPE) and "value" (output of v_proj), channels
+those of all KV heads of a layer. Centroids are in normalised units: keys by the range of their channel (the thresholds), values
+by the range of their token. A layer, kind or bit width that the file lacks is a ValueError that names it and what there is.
+`calibration.header` says how the file was made (docs/calibration.md), `calibration.outlier_fraction` which share of each
+vector its thresholds leave outside, `calibration.sink` how many first tokens it left out; `calibration.used_tokens(sha256)`
+says which tokens of a text it has seen, so that nobody measures on them.
+
+Who does what: files.py reads and writes, fingerprint.py tells models apart, plan.py checks a request, collect.py runs the
+model, spool.py keeps what it saw on disk, fit.py turns that into codebooks, run.py goes through all of it.
+"""
+
+from kvpack.calibrate.calibration import Calibration, CalibrationError
+
+__all__ = ["Calibration", "CalibrationError"]
