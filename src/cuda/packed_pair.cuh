@@ -72,6 +72,56 @@ __device__ inline std::uint32_t pair_sum(std::uint32_t a, std::uint32_t b) {
   return bits_of_pair(__hadd2(pair_of<kType>(a), pair_of<kType>(b)));
 }
 
+/// Differences, products and a * b + c.
+template <MmaType kType>
+__device__ inline std::uint32_t pair_difference(std::uint32_t a, std::uint32_t b) {
+  return bits_of_pair(__hsub2(pair_of<kType>(a), pair_of<kType>(b)));
+}
+template <MmaType kType>
+__device__ inline std::uint32_t pair_product(std::uint32_t a, std::uint32_t b) {
+  return bits_of_pair(__hmul2(pair_of<kType>(a), pair_of<kType>(b)));
+}
+template <MmaType kType>
+__device__ inline std::uint32_t pair_fma(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  return bits_of_pair(__hfma2(pair_of<kType>(a), pair_of<kType>(b), pair_of<kType>(c)));
+}
+
+/// All bits where a >= b, where a == b (no NaNs), where they differ or one is a NaN.
+template <MmaType kType>
+__device__ inline std::uint32_t mask_at_least(std::uint32_t a, std::uint32_t b) {
+  return __hge2_mask(pair_of<kType>(a), pair_of<kType>(b));
+}
+template <MmaType kType>
+__device__ inline std::uint32_t mask_equal(std::uint32_t a, std::uint32_t b) {
+  return __heq2_mask(pair_of<kType>(a), pair_of<kType>(b));
+}
+template <MmaType kType>
+__device__ inline std::uint32_t mask_differs(std::uint32_t a, std::uint32_t b) {
+  return __hneu2_mask(pair_of<kType>(a), pair_of<kType>(b));
+}
+
+/// One of the two numbers in both halves.
+template <MmaType kType>
+__device__ inline std::uint32_t lower_twice(std::uint32_t x) {
+  if constexpr (kType == MmaType::kBFloat16) return bits_of_pair(__low2bfloat162(pair_of<kType>(x)));
+  return bits_of_pair(__low2half2(pair_of<MmaType::kHalf>(x)));
+}
+template <MmaType kType>
+__device__ inline std::uint32_t upper_twice(std::uint32_t x) {
+  if constexpr (kType == MmaType::kBFloat16) return bits_of_pair(__high2bfloat162(pair_of<kType>(x)));
+  return bits_of_pair(__high2half2(pair_of<MmaType::kHalf>(x)));
+}
+
+/// Minima and maxima of numbers; of a number and a NaN, the number.
+template <MmaType kType>
+__device__ inline std::uint32_t pair_min_known(std::uint32_t a, std::uint32_t b) {
+  return bits_of_pair(__hmin2(pair_of<kType>(a), pair_of<kType>(b)));
+}
+template <MmaType kType>
+__device__ inline std::uint32_t pair_max_known(std::uint32_t a, std::uint32_t b) {
+  return bits_of_pair(__hmax2(pair_of<kType>(a), pair_of<kType>(b)));
+}
+
 /// Minima; a NaN wins.
 template <MmaType kType>
 __device__ inline std::uint32_t pair_min(std::uint32_t a, std::uint32_t b) {
@@ -101,6 +151,23 @@ template <MmaType kType>
 __device__ inline std::uint32_t bits_near(float value) {
   if constexpr (kType == MmaType::kBFloat16) return __bfloat16_as_ushort(__float2bfloat16_rn(value));
   return __half_as_ushort(__float2half_rn(value));
+}
+
+/// The two numbers nearest to float32s, the lower first.
+template <MmaType kType>
+__device__ inline std::uint32_t pair_near(float lower, float upper) {
+  if constexpr (kType == MmaType::kBFloat16) return bits_of_pair(__floats2bfloat162_rn(lower, upper));
+  return bits_of_pair(__floats2half2_rn(lower, upper));
+}
+
+/// About a / b.
+template <MmaType kType>
+__device__ inline std::uint32_t pair_ratio(std::uint32_t a, std::uint32_t b) {
+  float lower;
+  float upper;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(lower) : "f"(lower_value<kType>(b)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(upper) : "f"(upper_value<kType>(b)));
+  return pair_product<kType>(a, pair_near<kType>(lower, upper));
 }
 
 /// Bits of 2^exponent; 0 <= exponent <= 15.

@@ -42,7 +42,7 @@ void launch_pack_any(const CompressTile64Problem& problem, const PackWorkspace& 
 }
 
 /// Where the search for a threshold begins, from a normal distribution: it only decides how many steps are needed.
-SearchHint search_hint(const CompressTile64Problem& problem, int mantissa_bits) {
+SearchHint search_hint(const CompressTile64Problem& problem) {
   constexpr double kMeanMagnitude = 0.7978845608;  // of a standard normal number
   const auto entries = static_cast<double>(problem.out.head_dim);
   const double kept = static_cast<double>(problem.rank_from_top) / entries;
@@ -52,17 +52,15 @@ SearchHint search_hint(const CompressTile64Problem& problem, int mantissa_bits) 
     const double middle = 0.5 * (low + high);
     (std::erfc(middle * std::sqrt(0.5)) > kept ? low : high) = middle;
   }
-  // A rank is about 2^mantissa_bits * log2(magnitude).
   const double density = kMeanMagnitude * std::exp(-0.5 * low * low);
-  const double counts_per_rank = entries * density * low * std::log(2.0) / std::exp2(mantissa_bits);
-  return {static_cast<float>(low / kMeanMagnitude), static_cast<float>(std::max(1.0, 1.25 / counts_per_rank))};
+  return {static_cast<float>(low / kMeanMagnitude), static_cast<float>(1.25 / (entries * density * low))};
 }
 
 template <int kHeadDim, MmaType kType>
 void launch_pack_halves(const CompressTile64Problem& problem, const PackWorkspace& workspace) {
   pack_halves_kernel<kHeadDim, kType>
-      <<<grid_blocks(workspace.blocks), kHeadDim, 0, static_cast<cudaStream_t>(problem.stream)>>>(
-          problem, workspace, search_hint(problem, PackedPair<kType>::kMantissaBits));
+      <<<grid_blocks(workspace.blocks), kHeadDim, 0, static_cast<cudaStream_t>(problem.stream)>>>(problem, workspace,
+                                                                                                  search_hint(problem));
 }
 
 template <int kHeadDim>

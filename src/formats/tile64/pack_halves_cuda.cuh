@@ -71,18 +71,14 @@ __device__ void prune_and_stage(Runs& x, const CompressTile64Problem& problem, S
   std::uint32_t surplus[kRuns] = {};
   bool has_ties = false;
   if (problem.prunes && problem.rank_from_top < kHeadDim) {
-    const RowCut cut = find_row_cut<kHeadDim, kType>(x, static_cast<float>(problem.rank_from_top), problem.rule, hint);
-    has_ties = __any_sync(kAllLanes, cut.num_ties > 0.0f) != 0;
-    if (has_ties) find_surplus_ties<kHeadDim, kType>(surplus, x, cut);
-    const std::uint32_t limit =
-        (static_cast<std::uint32_t>(cut.num_ties > 0.0f ? cut.tied : cut.at_least) - 1u) * 0x10001u;
+    const auto cuts = find_row_cuts<kHeadDim, kType>(x, static_cast<float>(problem.rank_from_top), problem.rule, hint);
+    has_ties = cuts.has_ties;
+    if (has_ties) find_surplus_ties<kHeadDim, kType>(surplus, x, cuts);
 #pragma unroll
-    for (int r = 0; r < Shape::kRows; ++r) {
-      const std::uint32_t row_limit = __shfl_sync(kAllLanes, limit, r * kRunParts / Shape::kRows, kRunParts);
+    for (int j = 0; j < kRuns; ++j) {
 #pragma unroll
-      for (int j = r * Shape::kRunsPerRow; j < (r + 1) * Shape::kRunsPerRow; ++j) {
-#pragma unroll
-        for (int w = 0; w < kRunWords; ++w) x[j][w] &= mask_above<kType>(x[j][w], row_limit);
+      for (int w = 0; w < kRunWords; ++w) {
+        x[j][w] &= mask_above<kType>(x[j][w], cuts.limits[j / Shape::kRunsPerRow]);
       }
     }
   }

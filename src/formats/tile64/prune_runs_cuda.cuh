@@ -33,8 +33,8 @@ using Runs = std::uint32_t[kRuns][kRunWords];
 
 /// What the host tells the search: where to begin and how far to go.
 struct SearchHint {
-  float mean_factor;      // first threshold = this times the row's mean magnitude
-  float ranks_per_count;  // how far a threshold must move to lose one entry, near there
+  float mean_factor;       // first threshold = this times the row's mean magnitude
+  float growth_per_count;  // which part of itself a threshold must grow by to lose one entry, near there
 };
 
 /// Adds entries(run, word) of all lanes of a row: 1.0 or 0.0 each, or magnitudes.
@@ -110,105 +110,130 @@ __device__ inline PartSums sum_parts(std::uint32_t counts) {
 /// Byte j of four packed ones.
 __device__ inline int byte_of(std::uint32_t bytes, int j) { return static_cast<int>(bytes >> (8 * j) & 0xffu); }
 
-/// Where a row is cut. Ranks are magnitudes as integers, every NaN is infinity + 1.
-struct RowCut {
-  float at_least = 1.0f;  // ranks from here on survive
-  float tied = 0.0f;      // rank of which the first num_ties survive as well
-  float num_ties = 0.0f;
+/// Where the rows of a lane are cut: the same in all four lanes of a row. Ranks are magnitudes as integers, every NaN is
+/// infinity + 1; each stands in both halves of its register.
+template <int kRows>
+struct RowCuts {
+  std::uint32_t limits[kRows];  // ranks above survive
+  std::uint32_t tied[kRows];    // but of this rank only the first num_ties; a NaN that no rank is: no ties
+  int num_ties[kRows];
+  bool has_ties;  // any row
 };
 
-/// Finds the cut of the row that a lane answers for: row part * kRows / 4. Every lane of the warp must call.
+inline constexpr std::uint32_t kNoTie = 0x7fff7fffu;
+
+/// Finds the cuts of a lane's rows. Every lane of the warp must call.
 ///
-/// Keeps ranks low < high with counts on either side of rank_from_top and guesses between them along the straight line:
-/// magnitudes near a threshold are spread evenly enough that 3.7 counts do on average, and 7.5 until all rows of a warp
-/// have theirs (normal numbers, 70 %, float16), where going bit by bit would take 12 and more.
-///   rank_from_top 38; guess 0x3c25 has 41: low; guess 0x3c4a has 36: high; 0x3c3b has 38: found
-/// From the seventh count on every other one halves the interval, which ends any search.
+/// Keeps limits low < high with counts above them on either side of rank_from_top, two rows in a register, and guesses
+/// between them along the straight line: magnitudes near a threshold are spread evenly enough that 3.7 counts do on
+/// average, and 7.5 until all rows of a warp have theirs (normal numbers, 70 %, float16).
+///   rank_from_top 38; 41 are above 1.03: low; 36 are above 1.07: high; 38 are above 1.05: found
+/// A row whose cut is found goes on, which harms nothing. From the seventh count on every other one halves the interval
+/// of ranks, which ends any search.
 template <int kHeadDim, MmaType kType>
-__device__ RowCut find_row_cut(const Runs& x, float rank_from_top, PruneRule rule, SearchHint hint) {
+__device__ RowCuts<RunShape<kHeadDim>::kRows> find_row_cuts(const Runs& x, float rank_from_top, PruneRule rule,
+                                                            SearchHint hint) {
   constexpr int kRows = RunShape<kHeadDim>::kRows;
-  constexpr int kLanesPerRow = kRunParts / kRows;
+  constexpr int kPairs = (kRows + 1) / 2;  // of rows
   constexpr int kPatience = 6;
-  constexpr float kTop = static_cast<float>(PackedPair<kType>::kInfinity + 2u);
-  const int row = static_cast<int>(threadIdx.x) % kRunParts / kLanesPerRow;
+  constexpr std::uint32_t kInfinities = PackedPair<kType>::kInfinity * 0x10001u;
+  constexpr std::uint32_t kTop = kInfinities + 0x10001u;  // as a number it is a NaN
+  const std::uint32_t wanted = pair_near<kType>(rank_from_top, rank_from_top);
+  std::uint32_t slope = pair_near<kType>(hint.growth_per_count, hint.growth_per_count);
   float sums[kRows];
-  const auto of_row = [row](const float (&of_rows)[kRows]) {
-    float sum = of_rows[0];
-#pragma unroll
-    for (int r = 1; r < kRows; ++r) sum = row == r ? of_rows[r] : sum;
-    return sum;
-  };
   sum_rows<kHeadDim, kType>(sums, [&](int j, int w) { return x[j][w] & 0x7fff7fffu; });
-  float low = 0.0f;
-  float high = kTop;
-  float above_low = static_cast<float>(kHeadDim);  // entries of rank >= low
-  float above_high = 0.0f;
-  float slope = hint.ranks_per_count;
-  const std::uint32_t guess = bits_near<kType>(of_row(sums) * (hint.mean_factor / static_cast<float>(kHeadDim)));
-  float candidate = fminf(fmaxf(static_cast<float>(guess & 0x7fffu), 1.0f), kTop - 1.0f);
-  bool found = false;
-  for (int step = 0;; ++step) {
-    const std::uint32_t limit = (static_cast<std::uint32_t>(candidate) - 1u) * 0x10001u;
-    std::uint32_t limits[kRows];
+  std::uint32_t limits[kPairs];
+  std::uint32_t low[kPairs];
+  std::uint32_t high[kPairs];
+  std::uint32_t above_low[kPairs];
+  std::uint32_t above_high[kPairs];
+  const float factor = hint.mean_factor / static_cast<float>(kHeadDim);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) limits[r] = __shfl_sync(kAllLanes, limit, r * kLanesPerRow, kRunParts);
-    sum_rows<kHeadDim, kType>(
-        sums, [&](int j, int w) { return ones_above<kType>(x[j][w], limits[j / RunShape<kHeadDim>::kRunsPerRow]); });
-    const float count = of_row(sums);
-    if (!found && high - low > 1.0f) {
-      found = count == rank_from_top;
-      if (count > rank_from_top) {
-        low = candidate;
-        above_low = count;
-      } else if (count < rank_from_top) {
-        high = candidate;
-        above_high = count;
-      }
-    }
-    const bool is_open = !found && high - low > 1.0f;
-    if (__any_sync(kAllLanes, is_open) == 0) break;
-    float next = low + __fdividef((high - low) * (above_low - rank_from_top), above_low - above_high);
-    if (low == 0.0f || high == kTop) {  // one side only: walk along the expected slope, faster each time
-      next = candidate + (count - rank_from_top) * slope;
-      slope *= 2.0f;
-    }
-    if (step >= kPatience && step % 2 == 0) next = 0.5f * (low + high);
-    next = fminf(fmaxf(next, low + 1.0f), high - 1.0f);
-    if (is_open) candidate = (next + 8388608.0f) - 8388608.0f;  // to a whole number
+  for (int p = 0; p < kPairs; ++p) {
+    const std::uint32_t guess = pair_near<kType>(sums[2 * p] * factor, sums[(2 * p + 1) % kRows] * factor);
+    limits[p] = pair_max_known<kType>(pair_min_known<kType>(guess, kInfinities), 0x10001u);
+    low[p] = 0;
+    high[p] = kTop;
+    above_low[p] = pair_near<kType>(kHeadDim, kHeadDim);
+    above_high[p] = 0;
   }
-  if (found) return {candidate, 0.0f, 0.0f};
-  // No threshold separates: the entries of rank `low` tie. Those of rank 0 are no survivors in any case.
-  if (low == 0.0f) return {};
-  if (rule == PruneRule::kKthValue) return {low, 0.0f, 0.0f};
-  return {high, low, rank_from_top - above_high};
+  for (int step = 0;; ++step) {
+    std::uint32_t row_limits[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      row_limits[r] = r % 2 == 0 ? lower_twice<kType>(limits[r / 2]) : upper_twice<kType>(limits[r / 2]);
+    }
+    sum_rows<kHeadDim, kType>(sums, [&](int j, int w) {
+      return ones_above<kType>(x[j][w], row_limits[j / RunShape<kHeadDim>::kRunsPerRow]);
+    });
+    std::uint32_t surplus[kPairs];
+    std::uint32_t is_open = 0;
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      const std::uint32_t count = pair_near<kType>(sums[2 * p], sums[(2 * p + 1) % kRows]);
+      const std::uint32_t enough = mask_at_least<kType>(count, wanted);
+      low[p] = (limits[p] & enough) | (low[p] & ~enough);
+      above_low[p] = (count & enough) | (above_low[p] & ~enough);
+      high[p] = (high[p] & enough) | (limits[p] & ~enough);
+      above_high[p] = (above_high[p] & enough) | (count & ~enough);
+      surplus[p] = pair_difference<kType>(above_low[p], wanted);
+      is_open |= mask_differs<kType>(above_low[p], wanted) & mask_differs<kType>(high[p] - low[p], 0x10001u);
+    }
+    if (__any_sync(kAllLanes, is_open != 0) == 0) break;
+    const bool halves = step >= kPatience && step % 2 == 0;
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      // With a lower limit only, walk along the expected slope, faster each time.
+      const std::uint32_t has_high = mask_equal<kType>(high[p], high[p]);
+      const std::uint32_t share = pair_ratio<kType>(surplus[p], pair_difference<kType>(above_low[p], above_high[p]));
+      const std::uint32_t factors = (share & has_high) | (pair_product<kType>(surplus[p], slope) & ~has_high);
+      const std::uint32_t widths = (pair_difference<kType>(high[p], low[p]) & has_high) | (low[p] & ~has_high);
+      std::uint32_t next = pair_fma<kType>(factors, widths, low[p]);
+      if (halves) next = low[p] + ((high[p] - low[p]) >> 1 & 0x7fff7fffu);
+      limits[p] = pair_max_known<kType>(pair_min_known<kType>(next, high[p] - 0x10001u), low[p] + 0x10001u);
+    }
+    slope = pair_sum<kType>(slope, slope);
+  }
+  RowCuts<kRows> cuts;
+  std::uint32_t any_tie = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int p = r / 2;
+    const bool is_lower = r % 2 == 0;
+    cuts.limits[r] = is_lower ? lower_twice<kType>(low[p]) : upper_twice<kType>(low[p]);
+    cuts.tied[r] = is_lower ? lower_twice<kType>(high[p]) : upper_twice<kType>(high[p]);
+    const std::uint32_t over = is_lower ? above_high[p] : above_high[p] >> 16;
+    cuts.num_ties[r] = static_cast<int>(rank_from_top - lower_value<kType>(over));
+    // No limit separates: the entries of rank `high` tie.
+    const std::uint32_t ties = rule == PruneRule::kKthValue ? 0u : mask_differs<kType>(above_low[p], wanted);
+    any_tie |= ties;
+    if ((is_lower ? ties & 0xffffu : ties >> 16) == 0) cuts.tied[r] = kNoTie;
+  }
+  cuts.has_ties = __any_sync(kAllLanes, any_tie != 0) != 0;
+  return cuts;
 }
 
 /// The channels that must not survive although their rank ties: all but the first num_ties of each row. Bits as in
 /// find_run_bits; every lane must call.
 template <int kHeadDim, MmaType kType>
-__device__ void find_surplus_ties(std::uint32_t (&surplus)[kRuns], const Runs& x, const RowCut& cut) {
+__device__ void find_surplus_ties(std::uint32_t (&surplus)[kRuns], const Runs& x,
+                                  const RowCuts<RunShape<kHeadDim>::kRows>& cuts) {
   constexpr int kRows = RunShape<kHeadDim>::kRows;
   constexpr int kRunsPerRow = RunShape<kHeadDim>::kRunsPerRow;
-  const bool has_ties = cut.num_ties > 0.0f;
-  constexpr std::uint32_t kNoTie = 0x7fffu;  // a NaN that no rank is
-  const std::uint32_t rank = has_ties ? static_cast<std::uint32_t>(cut.tied) : kNoTie;
-  std::uint32_t tied[kRows];
-  int num_ties[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    tied[r] = __shfl_sync(kAllLanes, rank * 0x10001u, r * kRunParts / kRows, kRunParts);
-    num_ties[r] = __shfl_sync(kAllLanes, static_cast<int>(cut.num_ties), r * kRunParts / kRows, kRunParts);
-  }
+  constexpr std::uint32_t kNans = PackedPair<kType>::kInfinity * 0x10001u + 0x10001u;
   std::uint32_t ties[kRuns];
-  find_run_bits<kType>(ties, [&](int j, int w) { return ones_equal<kType>(x[j][w], tied[j / kRunsPerRow]); });
+  find_run_bits<kType>(ties, [&](int j, int w) { return ones_equal<kType>(x[j][w], cuts.tied[j / kRunsPerRow]); });
   // A NaN equals nothing, so rows with too many of them, which are rare, need a second look.
-  if (__any_sync(kAllLanes, rank > PackedPair<kType>::kInfinity && has_ties) != 0) {
+  bool has_nans = false;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) has_nans |= cuts.tied[r] == kNans;
+  if (__any_sync(kAllLanes, has_nans) != 0) {
     std::uint32_t nans[kRuns];
     find_run_bits<kType>(
         nans, [&](int j, int w) { return ones_above<kType>(x[j][w], PackedPair<kType>::kInfinity * 0x10001u); });
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
-      if (tied[j / kRunsPerRow] == (PackedPair<kType>::kInfinity + 1u) * 0x10001u) ties[j] = nans[j];
+      if (cuts.tied[j / kRunsPerRow] == kNans) ties[j] = nans[j];
     }
   }
   std::uint32_t counts = 0;
@@ -217,7 +242,7 @@ __device__ void find_surplus_ties(std::uint32_t (&surplus)[kRuns], const Runs& x
   const PartSums sums = sum_parts(counts);
 #pragma unroll
   for (int j = 0; j < kRuns; ++j) {
-    int room = num_ties[j / kRunsPerRow] - byte_of(sums.before, j);
+    int room = cuts.num_ties[j / kRunsPerRow] - byte_of(sums.before, j);
 #pragma unroll
     for (int earlier = j / kRunsPerRow * kRunsPerRow; earlier < j; ++earlier) room -= byte_of(sums.all, earlier);
     surplus[j] = ties[j];
