@@ -58,6 +58,33 @@ typedef struct kvpack_uniform_options {
   int32_t reserved;
 } kvpack_uniform_options;
 
+/** kvpack::QuantizeOptions. Pointers are host memory. */
+typedef struct kvpack_quantize_options {
+  kvpack_uniform_options uniform;
+  int32_t scale;
+  int32_t num_centroids;
+  const float* codebook;
+  float norm_scale;
+  float norm_offset;
+  const float* lower;
+  const float* upper;
+  int64_t num_thresholds;
+} kvpack_quantize_options;
+
+/** kvpack::HistogramOptions. Pointers are host memory. */
+typedef struct kvpack_histogram_options {
+  const float* lower;
+  const float* upper;
+  const float* channel_weights;
+  int64_t protected_tokens;
+} kvpack_histogram_options;
+
+/** kvpack::HistogramCounts. */
+typedef struct kvpack_histogram_counts {
+  int64_t counted;
+  int64_t outside;
+} kvpack_histogram_counts;
+
 /** kvpack::UniformCounts. */
 typedef struct kvpack_uniform_counts {
   int64_t quantized;
@@ -118,6 +145,33 @@ KVPACK_API int32_t kvpack_prune_magnitude(const kvpack_tensor* x, const kvpack_t
 KVPACK_API int32_t kvpack_simulate_uniform(const kvpack_tensor* x, const kvpack_tensor* out,
                                            const kvpack_uniform_options* options, kvpack_uniform_counts* counts,
                                            void* stream);
+/** kvpack::simulate_quantized. */
+KVPACK_API int32_t kvpack_simulate_quantized(const kvpack_tensor* x, const kvpack_tensor* out,
+                                             const kvpack_quantize_options* options, kvpack_uniform_counts* counts,
+                                             void* stream);
+/** kvpack::rotate; `direction` is the number of kvpack::Direction. */
+KVPACK_API int32_t kvpack_rotate(const kvpack_tensor* x, const kvpack_tensor* rotation, const kvpack_tensor* out,
+                                 int32_t direction, void* stream);
+/** kvpack::make_random_rotation. */
+KVPACK_API int32_t kvpack_make_random_rotation(uint64_t seed, const kvpack_tensor* rotation);
+/** kvpack::make_nf_codebook; `codebook` has room for 2^bits floats. */
+KVPACK_API int32_t kvpack_make_nf_codebook(int32_t bits, float* codebook);
+/** kvpack::make_gaussian_codebook; `codebook` has room for `levels` floats. */
+KVPACK_API int32_t kvpack_make_gaussian_codebook(int32_t levels, float* codebook);
+/** kvpack::calibrate_codebook; `weights` may be null: all 1; `error` may be null. */
+KVPACK_API int32_t kvpack_calibrate_codebook(const double* values, const double* weights, int64_t count, int32_t levels,
+                                             float* codebook, double* error);
+/** kvpack::fit_codebook_norm; `weights` may be null: all 1. */
+KVPACK_API int32_t kvpack_fit_codebook_norm(const double* values, const double* weights, int64_t count, int32_t levels,
+                                            const float* codebook, float* scale, float* offset);
+/** kvpack::accumulate_histogram. `element_weights` may be null: none; `counts` may be null. */
+KVPACK_API int32_t kvpack_accumulate_histogram(const kvpack_tensor* x, const kvpack_tensor* element_weights,
+                                               const kvpack_histogram_options* options,
+                                               const kvpack_tensor* bin_weights, const kvpack_tensor* bin_moments,
+                                               kvpack_histogram_counts* counts);
+/** kvpack::find_channel_quantiles. */
+KVPACK_API int32_t kvpack_find_channel_quantiles(const kvpack_tensor* x, const double* quantiles, int64_t num_quantiles,
+                                                 int64_t protected_tokens, const kvpack_tensor* out);
 /** kvpack::tile64_payload_bound; the elements come back through `elements`. */
 KVPACK_API int32_t kvpack_tile64_payload_bound(int32_t bits, int64_t batches, int64_t tokens, int64_t head_dim,
                                                int64_t kept_per_row, int64_t* elements);

@@ -21,8 +21,15 @@ enum class OffsetRule : std::int32_t {
 
 /// How much of the future a statistic may see. The numbers are part of the C ABI.
 enum class Causality : std::int32_t {
-  kOracle = 0,  ///< statistics over the whole sequence, future included (the published dynamic mode)
-  kCausal = 1,  ///< per channel: complete groups of at most 64 tokens, the incomplete last group stays exact
+  kOracle = 0,      ///< statistics over the whole sequence, future included (the published dynamic mode)
+  kCausal = 1,      ///< per channel: complete groups of at most 64 tokens, the incomplete last group stays exact
+  kCalibrated = 2,  ///< ranges from outside, found on other text: simulate_quantized with `lower` and `upper`
+};
+
+/// What one vector is divided by before its values meet the codebook. The numbers are part of the C ABI.
+enum class ScaleRule : std::int32_t {
+  kRange = 0,  ///< centre (max + min)/2, half range (max - min)/2: values lie in [-1, 1]
+  kRms = 1,    ///< centre 0, scale sqrt(mean x^2): for Gaussian codebooks; needs a codebook, knows no outliers
 };
 
 /// Tokens that share statistics per channel in causal mode.
@@ -30,7 +37,7 @@ inline constexpr std::int64_t kCausalGroupTokens = 64;
 
 /// Parameters of simulated uniform quantisation. Trivially copyable.
 struct UniformOptions {
-  std::int32_t bits = 4;  ///< 2, 3, 4, 8 or 16; 16 copies every bit
+  std::int32_t bits = 4;  ///< 2, 3, 4, 5, 8 or 16; 16 copies every bit
   Axis axis = Axis::kPerChannel;
   std::int64_t group = 0;  ///< elements of a vector that share a scale; 0: all of them
   OffsetRule offset = OffsetRule::kFloating;
@@ -38,6 +45,21 @@ struct UniformOptions {
   double outlier_fraction = 0.0;      ///< share of each vector kept exact, half at each end; 0 is dense only
   std::int64_t protected_tokens = 0;  ///< this many first tokens of every sequence come back unchanged
   bool compat = false;                ///< the old tool to the bit: qs = (1/(max-min))*(2^b-1), constants become 0
+};
+
+/// The one quantiser for accuracy studies, in its stages: affine (a vector's range or rms), codebook (a uniform grid or
+/// centroids), outliers, protected tokens. A transform, where a method has one, is an operation of its own:
+/// transform.h. NUQ, NF, Q-Norm, KVQuant int, KIVI and TurboQuant-like methods are settings of it. Trivially copyable.
+/// Every pointer is host memory, whatever the device of x, and is read during the call only.
+struct QuantizeOptions : UniformOptions {
+  ScaleRule scale = ScaleRule::kRange;
+  const float* codebook = nullptr;  ///< [num_centroids] ascending, in normalised units; null: a uniform grid
+  std::int32_t num_centroids = 0;   ///< 2^bits with a codebook, else 0
+  float norm_scale = 1.0f;          ///< Q-Norm: a value becomes centroid * norm_scale + norm_offset
+  float norm_offset = 0.0f;
+  const float* lower = nullptr;     ///< [num_thresholds] calibrated minimum of each channel (per token: of each token)
+  const float* upper = nullptr;     ///< [num_thresholds] calibrated maximum; read in calibrated mode only
+  std::int64_t num_thresholds = 0;  ///< channels (per token: tokens) in calibrated mode, else 0
 };
 
 /// What quantisation did, for honest byte counts.
@@ -61,5 +83,19 @@ struct UniformCounts {
 ///   Source    docs/numerics.md section 4; Hooper et al. 2024, "KVQuant"
 UniformCounts simulate_uniform(const TensorView& x, const TensorView& out, const UniformOptions& options,
                                void* stream = nullptr);
+
+/// Quantises and dequantises x: simulate_uniform with codebooks, other scales and calibrated ranges.
+///   codebook  y = (x - centre) / half; the nearest centroid, ties to the lower; out = (c*norm_scale + norm_offset) * half
+///             + centre
+///   rms       centre 0, half = sqrt(mean of x^2 over the vector)
+///   calibrated  min and max of a vector are its `lower` and `upper`; with outlier_fraction > 0 elements strictly beyond
+///             them come back exactly, else they go to the nearest end. `compat`: range, 1/range, qs, off, centre and half
+///             range are each rounded to float16, as the published tool does with its float16 thresholds
+///   Shapes, types, what is exact, errors: as simulate_uniform
+///   Throws    InvalidArgument also for centroids that are not finite and strictly ascending, thresholds that are not
+///             finite or whose lower lies above its upper, wrong sizes, rms with outliers or without a codebook
+///   Source    docs/numerics.md section 4; Hooper et al. 2024, "KVQuant"; Zandieh et al. 2025, "TurboQuant"
+UniformCounts simulate_quantized(const TensorView& x, const TensorView& out, const QuantizeOptions& options,
+                                 void* stream = nullptr);
 
 }  // namespace kvpack

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_RANK = 4
 CPU, CUDA = 0, 1
 
@@ -72,6 +72,39 @@ class UniformOptions(ctypes.Structure):
         ("compat", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
+
+
+class QuantizeOptions(ctypes.Structure):
+    """kvpack_quantize_options."""
+
+    _fields_ = (
+        ("uniform", UniformOptions),
+        ("scale", ctypes.c_int32),
+        ("num_centroids", ctypes.c_int32),
+        ("codebook", ctypes.c_void_p),
+        ("norm_scale", ctypes.c_float),
+        ("norm_offset", ctypes.c_float),
+        ("lower", ctypes.c_void_p),
+        ("upper", ctypes.c_void_p),
+        ("num_thresholds", ctypes.c_int64),
+    )
+
+
+class HistogramOptions(ctypes.Structure):
+    """kvpack_histogram_options."""
+
+    _fields_ = (
+        ("lower", ctypes.c_void_p),
+        ("upper", ctypes.c_void_p),
+        ("channel_weights", ctypes.c_void_p),
+        ("protected_tokens", ctypes.c_int64),
+    )
+
+
+class HistogramCounts(ctypes.Structure):
+    """kvpack_histogram_counts: elements in some bin, elements beyond [-1, 1]."""
+
+    _fields_ = (("counted", ctypes.c_int64), ("outside", ctypes.c_int64))
 
 
 class UniformCounts(ctypes.Structure):
@@ -135,9 +168,23 @@ def _load() -> ctypes.CDLL:
     text_out = pointer(ctypes.c_char_p)
     int64_out = pointer(ctypes.c_int64)
     int32, int64, stream = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+    floats = doubles = ctypes.c_void_p  # host memory
+    float_out, double_out = pointer(ctypes.c_float), pointer(ctypes.c_double)
     signatures = {
         "kvpack_prune_magnitude": (tensor, tensor, pointer(PruneOptions), pointer(PruneCounts), ctypes.c_void_p),
         "kvpack_simulate_uniform": (tensor, tensor, pointer(UniformOptions), pointer(UniformCounts), ctypes.c_void_p),
+        "kvpack_simulate_quantized": (tensor, tensor, pointer(QuantizeOptions), pointer(UniformCounts), stream),
+        "kvpack_rotate": (tensor, tensor, tensor, int32, stream),
+        "kvpack_make_random_rotation": (ctypes.c_uint64, tensor),
+        "kvpack_make_nf_codebook": (int32, floats),
+        "kvpack_make_gaussian_codebook": (int32, floats),
+        "kvpack_calibrate_codebook": (doubles, doubles, int64, int32, floats, double_out),
+        "kvpack_fit_codebook_norm": (doubles, doubles, int64, int32, floats, float_out, float_out),
+        "kvpack_accumulate_histogram": (
+            *(tensor, tensor, pointer(HistogramOptions)),
+            *(tensor, tensor, pointer(HistogramCounts)),
+        ),
+        "kvpack_find_channel_quantiles": (tensor, doubles, int64, int64, tensor),
         "kvpack_tile64_payload_bound": (int32, int64, int64, int64, int64, int64_out),
         "kvpack_tile64_workspace_bytes": (int32, int64, int64, int64, int32, int64_out),
         "kvpack_compress_tile64": (tensor, pointer(Tile64Options), tiles, tensor, tensor, stream),

@@ -152,7 +152,7 @@ def simulate_uniform(
 
     Args:
         x: [tokens, channels] or [batch, tokens, channels], float16, bfloat16, float32 or float64, any strides.
-        bits: 2, 3, 4, 8 or 16; 16 copies every bit.
+        bits: 2, 3, 4, 5, 8 or 16; 16 copies every bit.
         axis: `per_channel` (a vector is a channel over tokens) or `per_token` (a token over channels).
         group: elements of a vector that share a scale; None means all of them.
         offset: `floating`, or `clamp` for an integer zero point.

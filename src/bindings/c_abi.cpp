@@ -73,6 +73,19 @@ kvpack::Tile64 tiles_of(const kvpack_tile64* tiles, const char* name) {
   return result;
 }
 
+kvpack::UniformOptions uniform_options_of(const kvpack_uniform_options& options) {
+  kvpack::UniformOptions result;
+  result.bits = options.bits;
+  result.axis = static_cast<kvpack::Axis>(options.axis);
+  result.group = options.group;
+  result.offset = static_cast<kvpack::OffsetRule>(options.offset);
+  result.causality = static_cast<kvpack::Causality>(options.causality);
+  result.outlier_fraction = options.outlier_fraction;
+  result.protected_tokens = options.protected_tokens;
+  result.compat = options.compat != 0;
+  return result;
+}
+
 std::int32_t give_text(std::string text, const char** target) {
   last_text = std::move(text);
   *target = last_text.c_str();
@@ -115,17 +128,88 @@ std::int32_t kvpack_simulate_uniform(const kvpack_tensor* x, const kvpack_tensor
                                      void* stream) {
   return guarded([&] {
     kvpack::require(options != nullptr, "options is a null pointer");
-    kvpack::UniformOptions chosen;
-    chosen.bits = options->bits;
-    chosen.axis = static_cast<kvpack::Axis>(options->axis);
-    chosen.group = options->group;
-    chosen.offset = static_cast<kvpack::OffsetRule>(options->offset);
-    chosen.causality = static_cast<kvpack::Causality>(options->causality);
-    chosen.outlier_fraction = options->outlier_fraction;
-    chosen.protected_tokens = options->protected_tokens;
-    chosen.compat = options->compat != 0;
+    const kvpack::UniformOptions chosen = uniform_options_of(*options);
     const kvpack::UniformCounts result = kvpack::simulate_uniform(view_of(x, "x"), view_of(out, "out"), chosen, stream);
     if (counts != nullptr) *counts = {result.quantized, result.vectors, result.outliers};
+  });
+}
+
+std::int32_t kvpack_simulate_quantized(const kvpack_tensor* x, const kvpack_tensor* out,
+                                       const kvpack_quantize_options* options, kvpack_uniform_counts* counts,
+                                       void* stream) {
+  return guarded([&] {
+    kvpack::require(options != nullptr, "options is a null pointer");
+    const kvpack::QuantizeOptions chosen{uniform_options_of(options->uniform),
+                                         static_cast<kvpack::ScaleRule>(options->scale),
+                                         options->codebook,
+                                         options->num_centroids,
+                                         options->norm_scale,
+                                         options->norm_offset,
+                                         options->lower,
+                                         options->upper,
+                                         options->num_thresholds};
+    const kvpack::UniformCounts result =
+        kvpack::simulate_quantized(view_of(x, "x"), view_of(out, "out"), chosen, stream);
+    if (counts != nullptr) *counts = {result.quantized, result.vectors, result.outliers};
+  });
+}
+
+std::int32_t kvpack_rotate(const kvpack_tensor* x, const kvpack_tensor* rotation, const kvpack_tensor* out,
+                           std::int32_t direction, void* stream) {
+  return guarded([&] {
+    kvpack::rotate(view_of(x, "x"), view_of(rotation, "rotation"), view_of(out, "out"),
+                   static_cast<kvpack::Direction>(direction), stream);
+  });
+}
+
+std::int32_t kvpack_make_random_rotation(std::uint64_t seed, const kvpack_tensor* rotation) {
+  return guarded([&] { kvpack::make_random_rotation(seed, view_of(rotation, "rotation")); });
+}
+
+std::int32_t kvpack_make_nf_codebook(std::int32_t bits, float* codebook) {
+  return guarded([&] { kvpack::make_nf_codebook(bits, codebook); });
+}
+
+std::int32_t kvpack_make_gaussian_codebook(std::int32_t levels, float* codebook) {
+  return guarded([&] { kvpack::make_gaussian_codebook(levels, codebook); });
+}
+
+std::int32_t kvpack_calibrate_codebook(const double* values, const double* weights, std::int64_t count,
+                                       std::int32_t levels, float* codebook, double* error) {
+  return guarded([&] {
+    const double result = kvpack::calibrate_codebook(values, weights, count, levels, codebook);
+    if (error != nullptr) *error = result;
+  });
+}
+
+std::int32_t kvpack_fit_codebook_norm(const double* values, const double* weights, std::int64_t count,
+                                      std::int32_t levels, const float* codebook, float* scale, float* offset) {
+  return guarded([&] {
+    kvpack::require(scale != nullptr && offset != nullptr, "scale or offset is a null pointer");
+    const kvpack::CodebookNorm norm = kvpack::fit_codebook_norm(values, weights, count, levels, codebook);
+    *scale = norm.scale;
+    *offset = norm.offset;
+  });
+}
+
+std::int32_t kvpack_accumulate_histogram(const kvpack_tensor* x, const kvpack_tensor* element_weights,
+                                         const kvpack_histogram_options* options, const kvpack_tensor* bin_weights,
+                                         const kvpack_tensor* bin_moments, kvpack_histogram_counts* counts) {
+  return guarded([&] {
+    kvpack::require(options != nullptr, "options is a null pointer");
+    const kvpack::HistogramOptions chosen{options->lower, options->upper, options->channel_weights,
+                                          options->protected_tokens};
+    const kvpack::HistogramCounts result =
+        kvpack::accumulate_histogram(view_of(x, "x"), optional_view(element_weights, "element_weights"), chosen,
+                                     view_of(bin_weights, "bin_weights"), view_of(bin_moments, "bin_moments"));
+    if (counts != nullptr) *counts = {result.counted, result.outside};
+  });
+}
+
+std::int32_t kvpack_find_channel_quantiles(const kvpack_tensor* x, const double* quantiles, std::int64_t num_quantiles,
+                                           std::int64_t protected_tokens, const kvpack_tensor* out) {
+  return guarded([&] {
+    kvpack::find_channel_quantiles(view_of(x, "x"), quantiles, num_quantiles, protected_tokens, view_of(out, "out"));
   });
 }
 

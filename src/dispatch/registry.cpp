@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "attend/implementations.h"
+#include "codebook/implementations.h"
 #include "core/check.h"
 #include "dispatch/cpu_features.h"
 #include "evaluate/implementations.h"
@@ -14,15 +15,19 @@
 #include "kvpack/dispatch.h"
 #include "prune/implementations.h"
 #include "quantize/implementations.h"
+#include "transform/implementations.h"
 
 namespace kvpack {
 
 namespace {
 
 constexpr std::uint32_t kNothing = 0;
-constexpr std::array kOperations{Operation::kPruneMagnitude, Operation::kSimulateUniform, Operation::kCompressTile64,
-                                 Operation::kUnpackTile64,   Operation::kCheckTile64,     Operation::kMultiplyTile64,
-                                 Operation::kAttendTile64,   Operation::kCompareTensors,  Operation::kCompareLogits};
+constexpr std::array kOperations{Operation::kPruneMagnitude,      Operation::kRotate,
+                                 Operation::kSimulateUniform,     Operation::kSimulateQuantized,
+                                 Operation::kAccumulateHistogram, Operation::kCompressTile64,
+                                 Operation::kUnpackTile64,        Operation::kCheckTile64,
+                                 Operation::kMultiplyTile64,      Operation::kAttendTile64,
+                                 Operation::kCompareTensors,      Operation::kCompareLogits};
 
 /// A row of the CPU side. Naming the operation's type makes the compiler check the function against it.
 template <typename Function>
@@ -35,8 +40,12 @@ const std::vector<Implementation>& cpu_rows() {
   static const std::vector<Implementation> rows{
       cpu_row<PruneFunction>(Operation::kPruneMagnitude, "reference", kNothing, reference::prune_magnitude),
       cpu_row<PruneFunction>(Operation::kPruneMagnitude, "scalar", kNothing, scalar::prune_magnitude),
+      cpu_row<RotateFunction>(Operation::kRotate, "reference", kNothing, reference::rotate),
       cpu_row<UniformFunction>(Operation::kSimulateUniform, "reference", kNothing, reference::simulate_uniform),
       cpu_row<UniformFunction>(Operation::kSimulateUniform, "scalar", kNothing, scalar::simulate_uniform),
+      cpu_row<UniformFunction>(Operation::kSimulateQuantized, "reference", kNothing, reference::simulate_uniform),
+      cpu_row<HistogramFunction>(Operation::kAccumulateHistogram, "reference", kNothing,
+                                 reference::accumulate_histogram),
       cpu_row<CompressTile64Function>(Operation::kCompressTile64, "reference", kNothing, reference::compress_tile64),
       cpu_row<CompressTile64Function>(Operation::kCompressTile64, "scalar", kNothing, scalar::compress_tile64),
       cpu_row<UnpackTile64Function>(Operation::kUnpackTile64, "reference", kNothing, reference::unpack_tile64),
@@ -179,8 +188,14 @@ const char* name_of(Operation operation) noexcept {
   switch (operation) {
     case Operation::kPruneMagnitude:
       return "prune_magnitude";
+    case Operation::kRotate:
+      return "rotate";
     case Operation::kSimulateUniform:
       return "simulate_uniform";
+    case Operation::kSimulateQuantized:
+      return "simulate_quantized";
+    case Operation::kAccumulateHistogram:
+      return "accumulate_histogram";
     case Operation::kCompressTile64:
       return "compress_tile64";
     case Operation::kUnpackTile64:

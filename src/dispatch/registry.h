@@ -11,7 +11,10 @@ namespace kvpack {
 
 enum class Operation : std::int32_t {
   kPruneMagnitude,
+  kRotate,
   kSimulateUniform,
+  kSimulateQuantized,
+  kAccumulateHistogram,
   kCompressTile64,
   kUnpackTile64,
   kCheckTile64,

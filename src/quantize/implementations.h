@@ -1,10 +1,11 @@
-// What every implementation of simulated uniform quantisation receives, and the list of them.
+// What every implementation of simulated quantisation receives, and the list of them.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "kvpack/quantize.h"
+#include "quantize/codebook.h"
 
 namespace kvpack {
 
@@ -19,9 +20,11 @@ struct UniformProblem {
   std::int64_t x_channel_stride = 1;  // 1 on the CPU: the entry packs other layouts first
   std::int64_t out_token_stride = 0;
   std::int64_t out_channel_stride = 1;
-  UniformOptions options;   // bits 16 reaches only CUDA; protected_tokens at most tokens
-  std::int64_t group = 0;   // elements of a vector that share a grid, at least 1
-  bool only_check = false;  // CUDA: look for values that are not finite, and write nothing
+  QuantizeOptions options;                   // bits 16 reaches only CUDA; protected_tokens at most tokens
+  const CodebookTable* codebook = nullptr;   // in host memory; null: a uniform grid
+  const VectorGrid* static_grids = nullptr;  // [channels], per token [tokens], in host memory: calibrated mode only
+  std::int64_t group = 0;                    // elements of a vector that share a grid, at least 1
+  bool only_check = false;                   // CUDA: look for values that are not finite, and write nothing
   void* stream = nullptr;
 };
 
@@ -51,6 +54,11 @@ inline TokenRange token_group(const UniformProblem& problem, std::int64_t index)
 inline std::int64_t num_token_groups(const UniformProblem& problem) {
   const bool only_complete = problem.options.causality == Causality::kCausal;
   return only_complete ? problem.tokens / problem.group : (problem.tokens + problem.group - 1) / problem.group;
+}
+
+/// The calibrated grid of a vector; `channel` counts per channel, `token` per token.
+inline const VectorGrid& static_grid(const UniformProblem& problem, std::int64_t token, std::int64_t channel) {
+  return problem.static_grids[problem.options.axis == Axis::kPerToken ? token : channel];
 }
 
 namespace reference {

@@ -1,4 +1,4 @@
-// Entry of simulated uniform quantisation: checks, packing of unusual layouts, dispatch, and the name of a bad value.
+// Entries of simulated quantisation: checks, packing of unusual layouts, dispatch, and the name of a bad value.
 #include <algorithm>
 #include <cmath>
 
@@ -8,26 +8,11 @@
 #include "core/with_type.h"
 #include "dispatch/registry.h"
 #include "quantize/implementations.h"
+#include "quantize/prepare.h"
 
 namespace kvpack {
 
 namespace {
-
-void require_options(const UniformOptions& options) {
-  const std::int32_t bits = options.bits;
-  require(bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16, "bits is ", bits,
-          "; it is one of 2, 3, 4, 8 and 16");
-  require(options.axis == Axis::kPerChannel || options.axis == Axis::kPerToken, "there is no axis number ",
-          static_cast<int>(options.axis));
-  require(options.offset == OffsetRule::kFloating || options.offset == OffsetRule::kClamp,
-          "there is no offset rule number ", static_cast<int>(options.offset));
-  require(options.causality == Causality::kOracle || options.causality == Causality::kCausal,
-          "there is no mode number ", static_cast<int>(options.causality));
-  require(options.group >= 0, "group is ", options.group, "; it must be at least 0");
-  require(options.protected_tokens >= 0, "protected_tokens is ", options.protected_tokens, "; it must be at least 0");
-  require(options.outlier_fraction >= 0.0 && options.outlier_fraction < 1.0, "outlier_fraction is ",
-          options.outlier_fraction, "; it must be at least 0 and below 1");
-}
 
 /// Elements that share a grid: causal mode caps the tokens of a group.
 std::int64_t effective_group(const UniformOptions& options, std::int64_t tokens, std::int64_t channels) {
@@ -38,7 +23,17 @@ std::int64_t effective_group(const UniformOptions& options, std::int64_t tokens,
   return options.group > 0 ? std::min(options.group, length) : length;
 }
 
-UniformProblem make_problem(const TensorView& x, const TensorView& out, const UniformOptions& options, void* stream) {
+/// What all sequences of one call share.
+struct Call {
+  QuantizeOptions options;
+  CodebookTable codebook;
+  std::vector<VectorGrid> static_grids;
+  UniformFunction function;
+  void* stream;
+};
+
+UniformProblem make_problem(const TensorView& x, const TensorView& out, const Call& call) {
+  const QuantizeOptions& options = call.options;
   UniformProblem problem;
   problem.x = x.data;
   problem.out = out.data;
@@ -52,7 +47,9 @@ UniformProblem make_problem(const TensorView& x, const TensorView& out, const Un
   problem.options = options;
   problem.options.protected_tokens = std::min(options.protected_tokens, problem.tokens);
   problem.group = effective_group(options, problem.tokens, problem.channels);
-  problem.stream = stream;
+  problem.codebook = options.codebook == nullptr ? nullptr : &call.codebook;
+  problem.static_grids = call.static_grids.empty() ? nullptr : call.static_grids.data();
+  problem.stream = call.stream;
   return problem;
 }
 
@@ -82,23 +79,58 @@ void require_all_finite(const UniformOutcome& outcome, const TensorView& x, std:
           shape_text(x));
 }
 
-UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, const UniformOptions& options,
-                                std::int64_t batch_index, UniformFunction function, void* stream) {
+UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, const Call& call,
+                                std::int64_t batch_index) {
   UniformOutcome outcome;
   const bool on_cpu = x.device.kind == DeviceKind::kCpu;
   if (on_cpu && (x.strides[1] != 1 || out.strides[1] != 1)) {
     const PackedSequence packed_x(x);
     const PackedSequence packed_out(packed_x.view());
-    outcome = function(make_problem(packed_x.view(), packed_out.view(), options, stream));
+    outcome = call.function(make_problem(packed_x.view(), packed_out.view(), call));
     if (outcome.all_finite) packed_out.unpack_to(out);
   } else {
-    outcome = function(make_problem(x, out, options, stream));
+    outcome = call.function(make_problem(x, out, call));
   }
   if (!outcome.all_finite && on_cpu && !is_same_view(x, out)) {
-    require_finite(x, make_problem(x, out, options, stream), batch_index);
+    require_finite(x, make_problem(x, out, call), batch_index);
   }
   require_all_finite(outcome, x, batch_index);
   return outcome.counts;
+}
+
+/// In place, a bad value must be found before anything is overwritten. The CUDA side sees to that within a sequence.
+void check_before_overwriting(const TensorView& x, const Call& call) {
+  const bool on_cpu = x.device.kind == DeviceKind::kCpu;
+  if (!on_cpu && num_sequences(x) == 1) return;
+  for (std::int64_t i = 0; i < num_sequences(x); ++i) {
+    UniformProblem problem = make_problem(sequence(x, i), sequence(x, i), call);
+    problem.only_check = true;
+    if (on_cpu) {
+      require_finite(sequence(x, i), problem, i);
+    } else {
+      require_all_finite(call.function(problem), sequence(x, i), i);
+    }
+  }
+}
+
+UniformCounts simulate(const TensorView& x, const TensorView& out, const Call& call) {
+  UniformCounts counts;
+  if (x.num_elements() == 0) return counts;
+  const bool is_copy = call.options.bits == 16;
+  if (is_same_view(x, out) && !is_copy) check_before_overwriting(x, call);
+  for (std::int64_t i = 0; i < num_sequences(x); ++i) {
+    const TensorView source = sequence(x, i);
+    const TensorView target = sequence(out, i);
+    if (is_copy && x.device.kind == DeviceKind::kCpu) {
+      copy_sequence(source, target);
+      continue;
+    }
+    const UniformCounts one = simulate_sequence(source, target, call, i);
+    counts.quantized += one.quantized;
+    counts.vectors += one.vectors;
+    counts.outliers += one.outliers;
+  }
+  return counts;
 }
 
 }  // namespace
@@ -106,36 +138,28 @@ UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, cons
 UniformCounts simulate_uniform(const TensorView& x, const TensorView& out, const UniformOptions& options,
                                void* stream) {
   require_sequence_pair(x, out);
-  require_options(options);
+  QuantizeOptions general;
+  static_cast<UniformOptions&>(general) = options;
+  require(options.causality != Causality::kCalibrated, "mode is calibrated; simulate_uniform knows oracle and causal");
+  require_quantize_options(general);
   const auto function = select<UniformFunction>(Operation::kSimulateUniform, x.device.kind);
-  UniformCounts counts;
-  if (x.num_elements() == 0) return counts;
-  const bool in_place = is_same_view(x, out);
-  const bool on_cpu = x.device.kind == DeviceKind::kCpu;
-  // In place, a bad value must be found before anything is overwritten. The CUDA side sees to that within a sequence.
-  const bool check_first = in_place && options.bits < 16 && (on_cpu || num_sequences(x) > 1);
-  for (std::int64_t i = 0; check_first && i < num_sequences(x); ++i) {
-    UniformProblem problem = make_problem(sequence(x, i), sequence(x, i), options, stream);
-    problem.only_check = true;
-    if (on_cpu) {
-      require_finite(sequence(x, i), problem, i);
-    } else {
-      require_all_finite(function(problem), sequence(x, i), i);
-    }
-  }
-  for (std::int64_t i = 0; i < num_sequences(x); ++i) {
-    const TensorView source = sequence(x, i);
-    const TensorView target = sequence(out, i);
-    if (options.bits == 16 && on_cpu) {
-      copy_sequence(source, target);
-      continue;
-    }
-    const UniformCounts one = simulate_sequence(source, target, options, i, function, stream);
-    counts.quantized += one.quantized;
-    counts.vectors += one.vectors;
-    counts.outliers += one.outliers;
-  }
-  return counts;
+  return simulate(x, out, {general, {}, {}, function, stream});
+}
+
+UniformCounts simulate_quantized(const TensorView& x, const TensorView& out, const QuantizeOptions& options,
+                                 void* stream) {
+  require_sequence_pair(x, out);
+  require_quantize_options(options);
+  const bool is_calibrated = options.causality == Causality::kCalibrated;
+  const bool by_channel = options.axis == Axis::kPerChannel;
+  const std::int64_t wanted = x.shape[static_cast<std::size_t>(by_channel ? x.rank - 1 : x.rank - 2)];
+  require(!is_calibrated || options.num_thresholds == wanted, "lower and upper have ", options.num_thresholds,
+          " thresholds; x of shape ", shape_text(x), " has ", wanted, by_channel ? " channels" : " tokens");
+  const auto function = select<UniformFunction>(Operation::kSimulateQuantized, x.device.kind);
+  Call call{options, {}, {}, function, stream};
+  if (options.codebook != nullptr) call.codebook = make_codebook_table(options);
+  if (is_calibrated) call.static_grids = make_static_grids(options);
+  return simulate(x, out, call);
 }
 
 }  // namespace kvpack

@@ -50,14 +50,6 @@ struct VectorPlan {
   }
 };
 
-/// A vector's grid and thresholds as the last kernel reads them: one 16-byte load.
-struct __align__(16) VectorGrid {
-  float qs;
-  float offset;
-  float upper;  // x >= upper comes back exactly
-  float lower;  // x <= lower too
-};
-
 /// What comes back to the host.
 struct Findings {
   Counter first_bad;  // smallest token * channels + channel of a value that is not finite, or all ones

@@ -1,7 +1,8 @@
-// Reference of simulated uniform quantisation: one vector at a time, sorted where order matters. Every other
+// Reference of simulated quantisation: one vector at a time, sorted where order matters. Every other
 // implementation is compared with this one, bit for bit.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "core/half.h"
@@ -39,10 +40,42 @@ OutlierSplit split_outliers(const std::vector<float>& values, double outlier_fra
   return split;
 }
 
+/// Range of the values, none of them an outlier.
+OutlierSplit whole_range(const std::vector<float>& values) {
+  OutlierSplit split;
+  split.low = *std::min_element(values.begin(), values.end());
+  split.high = *std::max_element(values.begin(), values.end());
+  return split;
+}
+
+UniformGrid rms_grid(const std::vector<float>& values) {
+  float strands[kStrands] = {};
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    float& strand = strands[i % kStrands];
+    strand = strand + values[i] * values[i];
+  }
+  return make_rms_grid(join_strands(strands), static_cast<std::int64_t>(values.size()));
+}
+
+/// Grid and thresholds of one vector; `fixed` is its calibrated grid, or null.
+VectorGrid find_grid(const std::vector<float>& values, const UniformProblem& problem, const VectorGrid* fixed) {
+  if (fixed != nullptr) return *fixed;
+  const QuantizeOptions& options = problem.options;
+  constexpr float kNever = std::numeric_limits<float>::infinity();
+  if (options.scale == ScaleRule::kRms) {
+    const UniformGrid grid = rms_grid(values);
+    return {grid.qs, grid.offset, kNever, -kNever};
+  }
+  const bool has_outliers = options.outlier_fraction > 0.0;
+  const OutlierSplit split = has_outliers ? split_outliers(values, options.outlier_fraction) : whole_range(values);
+  const UniformGrid grid = make_range_grid(split.low, split.high, options);
+  return {grid.qs, grid.offset, has_outliers ? split.upper : kNever, has_outliers ? split.lower : -kNever};
+}
+
 /// One vector: `count` elements `x_stride` apart.
 template <typename T>
 void simulate_vector(const T* x, std::int64_t x_stride, T* out, std::int64_t out_stride, std::int64_t count,
-                     const UniformOptions& options, UniformOutcome& outcome) {
+                     const UniformProblem& problem, const VectorGrid* fixed, UniformOutcome& outcome) {
   std::vector<float> values(static_cast<std::size_t>(count));
   for (std::int64_t i = 0; i < count; ++i) {
     values[static_cast<std::size_t>(i)] = to_float(x[i * x_stride]);
@@ -51,28 +84,26 @@ void simulate_vector(const T* x, std::int64_t x_stride, T* out, std::int64_t out
       return;
     }
   }
-  OutlierSplit split;
-  const bool has_outliers = options.outlier_fraction > 0.0;
-  if (has_outliers) {
-    split = split_outliers(values, options.outlier_fraction);
-  } else {
-    split.low = *std::min_element(values.begin(), values.end());
-    split.high = *std::max_element(values.begin(), values.end());
-  }
-  const float levels = largest_code(options.bits);
-  const UniformGrid grid = make_grid(split.low, split.high, levels, options.offset, options.compat);
+  const VectorGrid vector = find_grid(values, problem, fixed);
+  const UniformGrid grid{vector.qs, vector.offset};
+  const CodebookTable* codebook = problem.codebook;
   for (std::int64_t i = 0; i < count; ++i) {
     const float value = values[static_cast<std::size_t>(i)];
-    const bool is_outlier = has_outliers && (value >= split.upper || value <= split.lower);
+    const bool is_outlier = value >= vector.upper || value <= vector.lower;
     const bool is_degenerate = grid.qs == 0.0f;
     T result = x[i * x_stride];
-    if (!is_outlier && is_degenerate && options.compat) from_float(0.0f, result);
-    if (!is_outlier && !is_degenerate) from_float(simulate_value(value, grid, levels), result);
+    if (!is_outlier && is_degenerate && problem.options.compat) from_float(grid.offset, result);
+    if (!is_outlier && !is_degenerate) {
+      from_float(codebook == nullptr
+                     ? simulate_value(value, grid, largest_code(problem.options.bits))
+                     : simulate_with_codebook(value, grid, codebook->boundaries, codebook->values, codebook->levels),
+                 result);
+    }
     out[i * out_stride] = result;
+    outcome.counts.outliers += is_outlier;
   }
   outcome.counts.vectors += 1;
   outcome.counts.quantized += count;
-  outcome.counts.outliers += split.outliers;
 }
 
 template <typename T>
@@ -85,11 +116,14 @@ UniformOutcome simulate_as(const UniformProblem& problem) {
       std::copy_n(x + t * problem.x_token_stride, problem.channels, out + t * problem.out_token_stride);
     }
   };
+  const auto fixed = [&](std::int64_t token, std::int64_t channel) {
+    return problem.static_grids == nullptr ? nullptr : &static_grid(problem, token, channel);
+  };
   if (problem.options.axis == Axis::kPerToken) {
     for (std::int64_t t = problem.options.protected_tokens; t < problem.tokens; ++t) {
       for (std::int64_t c = 0; c < problem.channels; c += problem.group) {
         simulate_vector(x + t * problem.x_token_stride + c, 1, out + t * problem.out_token_stride + c, 1,
-                        std::min(problem.group, problem.channels - c), problem.options, outcome);
+                        std::min(problem.group, problem.channels - c), problem, fixed(t, c), outcome);
       }
     }
   } else {
@@ -100,7 +134,7 @@ UniformOutcome simulate_as(const UniformProblem& problem) {
       for (std::int64_t c = 0; c < problem.channels; ++c) {
         simulate_vector(x + range.first * problem.x_token_stride + c, problem.x_token_stride,
                         out + range.first * problem.out_token_stride + c, problem.out_token_stride,
-                        range.end - range.first, problem.options, outcome);
+                        range.end - range.first, problem, fixed(range.first, c), outcome);
       }
     }
     copy_tokens(std::max(groups * problem.group, problem.options.protected_tokens), problem.tokens);

@@ -98,7 +98,7 @@ def test_out_is_written_and_returned():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x: ops.simulate_uniform(x, 5, axis="per_token"), ValueError, "bits is 5; it is one of 2, 3, 4, 8"),
+        (lambda x: ops.simulate_uniform(x, 6, axis="per_token"), ValueError, "bits is 6; it is one of 2, 3, 4, 5, 8"),
         (lambda x: ops.simulate_uniform(x, 4, axis="sideways"), ValueError, "'sideways'"),
         (lambda x: ops.simulate_uniform(x, 4, axis="per_token", group=0), ValueError, "group is 0"),
         (lambda x: ops.simulate_uniform(x.long(), 4, axis="per_token"), ValueError, "int64"),

@@ -53,6 +53,10 @@ TEST(CAbi, StructuresLieAsPythonMirrorsThem) {
   EXPECT_EQ(sizeof(kvpack_tensor), 88u);
   EXPECT_EQ(sizeof(kvpack_prune_options), 40u);
   EXPECT_EQ(sizeof(kvpack_uniform_options), 48u);
+  EXPECT_EQ(sizeof(kvpack_quantize_options), 96u);
+  EXPECT_EQ(offsetof(kvpack_quantize_options, num_thresholds), 88u);
+  EXPECT_EQ(sizeof(kvpack_histogram_options), 32u);
+  EXPECT_EQ(sizeof(kvpack_histogram_counts), 16u);
   EXPECT_EQ(sizeof(kvpack_tile64), 552u);
   EXPECT_EQ(offsetof(kvpack_tile64, bitmaps), 24u);
   EXPECT_EQ(sizeof(kvpack_tile64_options), 32u);

@@ -254,8 +254,8 @@ TEST(UniformErrors, ShowTheValueAndTheSet) {
     return std::string("accepted");
   };
   UniformOptions options;
-  options.bits = 5;
-  EXPECT_EQ(message(options), "bits is 5; it is one of 2, 3, 4, 8 and 16");
+  options.bits = 6;
+  EXPECT_EQ(message(options), "bits is 6; it is one of 2, 3, 4, 5, 8 and 16");
   options = {};
   options.outlier_fraction = 1.0;
   EXPECT_EQ(message(options), "outlier_fraction is 1; it must be at least 0 and below 1");
