@@ -90,39 +90,28 @@ __device__ std::uint32_t code_step(tile64_q::Grid grid, float margin, int code, 
   return reaches ? nearest : next_above(nearest);
 }
 
-/// The steps of a grid, twice each: code = how many of x, y, z a survivor reaches. A NaN is never reached.
-template <MmaType kType>
-__device__ float4 code_steps(tile64_q::Grid grid, int bits) {
+/// The steps of a grid: a code is how many of x's halves and of y's lower half a survivor reaches. A NaN is never reached.
+template <MmaType kType, int kBits>
+__device__ uint2 code_steps(tile64_q::Grid grid) {
   constexpr std::uint32_t kNever = 0x7fffu;
-  const float margin = quick_grid(grid, bits).w;
+  const float margin = quick_grid(grid, kBits).w;
   std::uint32_t steps[3] = {kNever, kNever, kNever};
 #pragma unroll
-  for (int code = 1; code <= 3; ++code) {
-    if (code >= 1 << bits || grid.scale != grid.scale) break;
-    steps[code - 1] = margin < 1.0f ? code_step<kType>(grid, margin, code, bits) : search_step<kType>(grid, code, bits);
+  for (int code = 1; code < 1 << kBits; ++code) {
+    if (grid.scale != grid.scale) break;
+    steps[code - 1] = margin < 1.0f ? code_step<kType>(grid, margin, code, kBits) : search_step<kType>(grid, code, kBits);
   }
-  return make_float4(__uint_as_float(steps[0] * 0x10001u), __uint_as_float(steps[1] * 0x10001u),
-                     __uint_as_float(steps[2] * 0x10001u), 0.0f);
+  return make_uint2(steps[0] | steps[1] << 16, steps[2]);
 }
 
-/// The codes of the 8 survivors of one unit by compares, low bits first; those past the tile's end are rubbish.
+/// The codes of two numbers, in the lowest bits of either half; the bits above are rubbish.
 template <MmaType kType, int kBits>
-__device__ std::uint32_t unit_codes(uint4 unit, float4 steps) {
-  constexpr std::uint32_t kBase = power_bits<kType>(PackedPair<kType>::kMantissaBits) * 0x10001u;  // integers above it
-  constexpr std::uint32_t kBases = kBase * (((1u << 8 * kBits) - 1u) / ((1u << 2 * kBits) - 1u));  // of four words
-  const std::uint32_t pairs[4] = {unit.x, unit.y, unit.z, unit.w};
-  std::uint32_t sum = 0;
-#pragma unroll
-  for (int w = 3; w >= 0; --w) {
-    std::uint32_t code = pair_sum<kType>(ones_at_least<kType>(pairs[w], __float_as_uint(steps.x)), kBase);
-    if constexpr (kBits == 2) {
-      code = pair_sum<kType>(code, ones_at_least<kType>(pairs[w], __float_as_uint(steps.y)));
-      code = pair_sum<kType>(code, ones_at_least<kType>(pairs[w], __float_as_uint(steps.z)));
-    }
-    sum = (sum << 2 * kBits) + code;
-  }
-  sum -= kBases;
-  return sum | sum >> (16 - kBits);
+__device__ std::uint32_t pair_codes(std::uint32_t pair, uint2 steps) {
+  const std::uint32_t first = mask_at_least<kType>(pair, lower_twice<kType>(steps.x));
+  if constexpr (kBits == 1) return first;
+  const std::uint32_t second = mask_at_least<kType>(pair, upper_twice<kType>(steps.x));
+  const std::uint32_t third = mask_at_least<kType>(pair, lower_twice<kType>(steps.y));
+  return ((first ^ second ^ third) & 0x10001u) | (second & ~0x10001u);
 }
 
 /// Writes the codes of the 8 survivors of one unit, and of what fills up its word: bits bytes.
@@ -130,12 +119,7 @@ template <MmaType kType>
 __device__ void write_unit_codes(const std::uint16_t* survivors, int count, int unit, float4 grid, int bits, int words,
                                  std::uint8_t* target) {
   std::uint64_t codes = 0;
-  const int num_codes = min(count - unit * kUnitHalves, kUnitHalves);
-  if (num_codes > 0 && bits <= kMostStepBits) {
-    const uint4 loaded = reinterpret_cast<const uint4*>(survivors)[unit];
-    const std::uint32_t all = bits == 1 ? unit_codes<kType, 1>(loaded, grid) : unit_codes<kType, 2>(loaded, grid);
-    codes = all & ((1u << num_codes * bits) - 1u);
-  } else if (num_codes > 0) {
+  if (unit * kUnitHalves < count) {
     const int largest = (1 << bits) - 1;
     const uint4 loaded = reinterpret_cast<const uint4*>(survivors)[unit];
     const std::uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
@@ -149,9 +133,7 @@ __device__ void write_unit_codes(const std::uint16_t* survivors, int count, int 
     }
   }
   std::uint8_t* piece = target + unit * bits;
-  if (bits == 1) *piece = static_cast<std::uint8_t>(codes);
-  if (bits == 2) *reinterpret_cast<std::uint16_t*>(piece) = static_cast<std::uint16_t>(codes);
-  if (bits >= 4) *reinterpret_cast<std::uint32_t*>(piece) = static_cast<std::uint32_t>(codes);
+  *reinterpret_cast<std::uint32_t*>(piece) = static_cast<std::uint32_t>(codes);
   if (bits == 8 && 2 * unit + 1 < words) {
     reinterpret_cast<std::uint32_t*>(piece)[1] = static_cast<std::uint32_t>(codes >> 32);
   }

@@ -7,6 +7,7 @@
 #include "cuda/shared_store.cuh"
 #include "formats/tile64/codes_cuda.cuh"
 #include "formats/tile64/pack_cuda.cuh"
+#include "formats/tile64/pack_few_bits_cuda.cuh"
 #include "formats/tile64/prune_runs_cuda.cuh"
 
 namespace kvpack::cuda {
@@ -19,7 +20,8 @@ template <int kHeadDim>
 struct alignas(16) PackShared {
   /// First the pruned rows, [64][kHeadDim + 8]; later each tile's survivors, [kHeadDim][kStagedTile].
   std::uint16_t halves[kHeadDim * kStagedTile];
-  float4 grids[kHeadDim];         // what quick_grid() or code_steps() tells
+  float4 grids[kHeadDim];         // what quick_grid() tells
+  uint4 words[kHeadDim];          // codes of 1 or 2 bits
   std::uint32_t tiles[kHeadDim];  // survivors; then also 256 times the payload units before the tile
 };
 
@@ -129,31 +131,65 @@ __device__ void load_channels(Runs& x, const PackShared<kHeadDim>& shared) {
   }
 }
 
-/// Writes bitmaps, and each tile's survivors behind one another to shared memory; returns with tiles[] counted.
-template <int kHeadDim, MmaType kType>
-__device__ void scatter_survivors(const Runs& x, const Tile64Data& out, std::int64_t first_tile,
-                                  PackShared<kHeadDim>& shared) {
+/// The tile that a lane's run belongs to after load_channels(), within its block.
+template <int kHeadDim>
+__device__ int tile_of_run(CacheKind kind, int j) {
   using Shape = RunShape<kHeadDim>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int group = static_cast<int>(threadIdx.x) % kWarpLanes / kRunParts;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const int part = lane % kRunParts;
-  std::uint32_t bits[kRuns];
+  if (kind == CacheKind::kKey) return warp * kWarpLanes + 8 * j + group;
+  return j % Shape::kRunsPerRow * kTileSize + warp * Shape::kRowsPerWarp + 8 * (j / Shape::kRunsPerRow) + group;
+}
+
+/// Finds a lane's bitmap bits, writes them and counts tiles[]; returns the survivors of each run's tile.
+template <int kHeadDim, MmaType kType>
+__device__ PartSums write_bitmaps(std::uint32_t (&bits)[kRuns], const Runs& x, const Tile64Data& out,
+                                  std::int64_t first_tile, PackShared<kHeadDim>& shared) {
+  const int part = static_cast<int>(threadIdx.x) % kRunParts;
   find_run_bits<kType>(bits, [&](int j, int w) { return ones_above<kType>(x[j][w], 0u); });
   std::uint32_t counts = 0;
 #pragma unroll
   for (int j = 0; j < kRuns; ++j) counts |= static_cast<std::uint32_t>(__popc(bits[j])) << (8 * j);
   const PartSums sums = sum_parts(counts);
   auto* pieces = reinterpret_cast<std::uint16_t*>(out.bitmaps + first_tile);
+#pragma unroll
+  for (int j = 0; j < kRuns; ++j) {
+    const int tile = tile_of_run<kHeadDim>(out.kind, j);
+    pieces[tile * kRunParts + kRunParts - 1 - part] = static_cast<std::uint16_t>(bits[j]);
+    if (part == 0) shared.tiles[tile] = static_cast<std::uint32_t>(byte_of(sums.all, j));
+  }
+  return sums;
+}
+
+/// Writes bitmaps and grids, and each tile's codes to shared memory; returns with tiles[] counted.
+template <int kHeadDim, MmaType kType, int kBits>
+__device__ void pack_few_bits(const Runs& x, const Tile64Data& out, std::int64_t first_tile,
+                              PackShared<kHeadDim>& shared) {
+  const int part = static_cast<int>(threadIdx.x) % kRunParts;
+  const int own = tile_of_run<kHeadDim>(out.kind, part);  // the lanes of a quad answer for one of its tiles each
+  shared.words[own] = make_uint4(0, 0, 0, 0);
+  std::uint32_t bits[kRuns];
+  const PartSums sums = write_bitmaps<kHeadDim, kType>(bits, x, out, first_tile, shared);
+  const tile64_q::Grid grid = runs_grid<kType>(x, byte_of(sums.all, part), kBits);
+  out.scales[first_tile + own] = grid.scale;
+  out.zeros[first_tile + own] = grid.zero;
+  __syncwarp();  // zeroed words
+  join_codes<kType, kBits>(x, bits, sums.before, code_steps<kType, kBits>(grid), shared.words,
+                           [&](int j) { return tile_of_run<kHeadDim>(out.kind, j); });
+}
+
+/// Writes bitmaps, and each tile's survivors behind one another to shared memory; returns with tiles[] counted.
+template <int kHeadDim, MmaType kType>
+__device__ void scatter_survivors(const Runs& x, const Tile64Data& out, std::int64_t first_tile,
+                                  PackShared<kHeadDim>& shared) {
+  const int part = static_cast<int>(threadIdx.x) % kRunParts;
+  std::uint32_t bits[kRuns];
+  const PartSums sums = write_bitmaps<kHeadDim, kType>(bits, x, out, first_tile, shared);
   std::uint32_t targets[kRuns];  // addresses in shared memory
 #pragma unroll
   for (int j = 0; j < kRuns; ++j) {
-    const int row = warp * Shape::kRowsPerWarp + 8 * (j / Shape::kRunsPerRow) + lane / kRunParts;
-    const int tile = out.kind == CacheKind::kKey ? warp * kWarpLanes + 8 * j + lane / kRunParts
-                                                 : j % Shape::kRunsPerRow * kTileSize + row;
     const int count = byte_of(sums.all, j);
-    pieces[tile * kRunParts + kRunParts - 1 - part] = static_cast<std::uint16_t>(bits[j]);
-    std::uint16_t* survivors = shared.halves + tile * kStagedTile;
-    if (part == 0) shared.tiles[tile] = static_cast<std::uint32_t>(count);
+    std::uint16_t* survivors = shared.halves + tile_of_run<kHeadDim>(out.kind, j) * kStagedTile;
     if (part == 0 && count % kUnitHalves != 0) {
       reinterpret_cast<uint4*>(survivors)[count / kUnitHalves] = make_uint4(0, 0, 0, 0);
     }
@@ -205,22 +241,39 @@ __global__ void __launch_bounds__(kHeadDim)
       __syncthreads();
       if (out.kind == CacheKind::kKey) {
         load_channels<kHeadDim>(x, shared);
-        __syncthreads();  // survivors replace the rows
+        if (out.bits > kMostStepBits) __syncthreads();  // survivors replace the rows
       }
-      scatter_survivors<kHeadDim, kType>(x, out, first_tile, shared);
+      if (out.bits == 1) {
+        pack_few_bits<kHeadDim, kType, 1>(x, out, first_tile, shared);
+      } else if (out.bits == 2) {
+        pack_few_bits<kHeadDim, kType, 2>(x, out, first_tile, shared);
+      } else {
+        scatter_survivors<kHeadDim, kType>(x, out, first_tile, shared);
+      }
     }
     __syncthreads();
     const int count = static_cast<int>(shared.tiles[thread]);
     int total = 0;
     const int place = exclusive_block_sum<kHeadDim>(tile_units(count, out.bits), &total);
     if (thread == 0) workspace.sizes[b] = total;
-    shared.tiles[thread] = static_cast<std::uint32_t>(count | place << 8);
     out.offsets[batch * out.offsets_stride() + block * kHeadDim + thread] = offset_of_units(place, out.bits);
+    if (out.bits <= kMostStepBits) {
+      const uint4 words = shared.words[thread];
+      auto* target = reinterpret_cast<std::uint32_t*>(slot) + place;
+      const int num_words = tile_units(count, out.bits);
+      if (num_words > 0) target[0] = words.x;
+      if (num_words > 1) target[1] = words.y;
+      if (num_words > 2) target[2] = words.z;
+      if (num_words > 3) target[3] = words.w;
+      __syncthreads();  // the next block of tokens
+      continue;
+    }
+    shared.tiles[thread] = static_cast<std::uint32_t>(count | place << 8);
     if (out.bits != kUnquantizedBits) {
       const tile64_q::Grid grid = packed_grid<kType>(shared.halves + thread * kStagedTile, count, out.bits);
       out.scales[first_tile + thread] = grid.scale;
       out.zeros[first_tile + thread] = grid.zero;
-      shared.grids[thread] = out.bits <= kMostStepBits ? code_steps<kType>(grid, out.bits) : quick_grid(grid, out.bits);
+      shared.grids[thread] = quick_grid(grid, out.bits);
     }
     __syncthreads();
     for (int tile = thread / kRunParts; tile < kHeadDim; tile += kHeadDim / kRunParts) {
