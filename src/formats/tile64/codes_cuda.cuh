@@ -99,7 +99,8 @@ __device__ uint2 code_steps(tile64_q::Grid grid) {
 #pragma unroll
   for (int code = 1; code < 1 << kBits; ++code) {
     if (grid.scale != grid.scale) break;
-    steps[code - 1] = margin < 1.0f ? code_step<kType>(grid, margin, code, kBits) : search_step<kType>(grid, code, kBits);
+    steps[code - 1] =
+        margin < 1.0f ? code_step<kType>(grid, margin, code, kBits) : search_step<kType>(grid, code, kBits);
   }
   return make_uint2(steps[0] | steps[1] << 16, steps[2]);
 }

@@ -42,8 +42,7 @@ __device__ tile64_q::Grid runs_grid(const Runs& x, int count, int bits) {
     low ^= kSigns;
     spans[j] = pair_max<kType>(__byte_perm(high, low, 0x5410), __byte_perm(high, low, 0x7632));
   }
-  const std::uint32_t span =
-      join_parts(spans, [](std::uint32_t a, std::uint32_t b) { return pair_max<kType>(a, b); });
+  const std::uint32_t span = join_parts(spans, [](std::uint32_t a, std::uint32_t b) { return pair_max<kType>(a, b); });
   float high = lower_value<kType>(span);
   float low = -upper_value<kType>(span);
   const bool has_one_sign = count > 0 && (high == 0.0f || low == 0.0f);

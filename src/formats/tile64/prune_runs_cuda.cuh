@@ -50,14 +50,14 @@ __device__ void sum_rows(float (&sums)[RunShape<kHeadDim>::kRows], Entries entri
 #pragma unroll
     for (int w = 0; w < kRunWords; w += 2) {
       const std::uint32_t a[4] = {entries(upper, w), entries(lower, w), entries(upper, w + 1), entries(lower, w + 1)};
-      mma_m16n8k16(d[kRows == 4 ? step : 0], a, make_uint2(kOnes, kOnes), kType);
+      mma_m16n8k16(d[step], a, make_uint2(kOnes, kOnes), kType);
     }
   }
   if constexpr (kRows == 1) {
-    sums[0] = d[0][0] + d[0][2];
+    sums[0] = (d[0][0] + d[0][2]) + (d[1][0] + d[1][2]);
   } else {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) sums[r] = d[r / 2][r % 2 * 2];
+    for (int r = 0; r < kRows; ++r) sums[r] = kRows == 4 ? d[r / 2][r % 2 * 2] : d[0][2 * r] + d[1][2 * r];
   }
 }
 
@@ -72,7 +72,7 @@ __device__ void find_run_bits(std::uint32_t (&bits)[kRuns], Ones ones) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int column = lane / kRunParts;
   const int part = lane % kRunParts;
-  float d[4] = {};
+  float d[2][4] = {};  // two sums: a product waits for the one before
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     const std::uint32_t own = column == 2 * part + step ? ~0u : 0u;
@@ -82,12 +82,12 @@ __device__ void find_run_bits(std::uint32_t (&bits)[kRuns], Ones ones) {
       const std::uint32_t low_pair = power_bits<kType>(top) | power_bits<kType>(top - 1) << 16;
       const std::uint32_t high_pair = power_bits<kType>(top - 2) | power_bits<kType>(top - 3) << 16;
       const std::uint32_t a[4] = {ones(step, w), ones(step + 2, w), ones(step, w + 1), ones(step + 2, w + 1)};
-      mma_m16n8k16(d, a, make_uint2(low_pair & own, high_pair & own), kType);
+      mma_m16n8k16(d[step], a, make_uint2(low_pair & own, high_pair & own), kType);
     }
   }
   // Adding 2^23 puts a whole number into the low bits of a float32.
 #pragma unroll
-  for (int j = 0; j < kRuns; ++j) bits[j] = __float_as_uint(d[j] + 8388608.0f) & 0xffffu;
+  for (int j = 0; j < kRuns; ++j) bits[j] = __float_as_uint(d[0][j] + d[1][j] + 8388608.0f) & 0xffffu;
 }
 
 /// Sums of four packed bytes over the lanes of lower part, and over all four parts.
