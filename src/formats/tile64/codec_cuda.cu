@@ -56,11 +56,18 @@ SearchHint search_hint(const CompressTile64Problem& problem) {
   return {static_cast<float>(low / kMeanMagnitude), static_cast<float>(1.25 / (entries * density * low))};
 }
 
-template <int kHeadDim, MmaType kType>
-void launch_pack_halves(const CompressTile64Problem& problem, const PackWorkspace& workspace) {
-  pack_halves_kernel<kHeadDim, kType>
+template <int kHeadDim, MmaType kType, int kFewBits>
+void launch_pack_bits(const CompressTile64Problem& problem, const PackWorkspace& workspace) {
+  pack_halves_kernel<kHeadDim, kType, kFewBits>
       <<<grid_blocks(workspace.blocks), kHeadDim, 0, static_cast<cudaStream_t>(problem.stream)>>>(problem, workspace,
                                                                                                   search_hint(problem));
+}
+
+template <int kHeadDim, MmaType kType>
+void launch_pack_halves(const CompressTile64Problem& problem, const PackWorkspace& workspace) {
+  if (problem.out.bits == 1) return launch_pack_bits<kHeadDim, kType, 1>(problem, workspace);
+  if (problem.out.bits == 2) return launch_pack_bits<kHeadDim, kType, 2>(problem, workspace);
+  launch_pack_bits<kHeadDim, kType, 0>(problem, workspace);
 }
 
 template <int kHeadDim>

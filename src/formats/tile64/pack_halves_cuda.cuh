@@ -224,7 +224,8 @@ __device__ void scatter_survivors(const Runs& x, const Tile64Data& out, std::int
 /// Reads   x once, 16 bytes at a time
 /// Writes  bitmaps, scales, zeros; offsets within the block; the block's payload to its slot, its size to sizes
 /// Needs   x of 16 bits on boundaries of 16 bytes, without channel scores; sm_80 for the product and the minima
-template <int kHeadDim, MmaType kType>
+///         kFewBits is out.bits if that is 1 or 2, else 0
+template <int kHeadDim, MmaType kType, int kFewBits>
 __global__ void __launch_bounds__(kHeadDim)
     pack_halves_kernel(CompressTile64Problem problem, PackWorkspace workspace, SearchHint hint) {
   __shared__ PackShared<kHeadDim> shared;
@@ -241,12 +242,10 @@ __global__ void __launch_bounds__(kHeadDim)
       __syncthreads();
       if (out.kind == CacheKind::kKey) {
         load_channels<kHeadDim>(x, shared);
-        if (out.bits > kMostStepBits) __syncthreads();  // survivors replace the rows
+        if constexpr (kFewBits == 0) __syncthreads();  // survivors replace the rows
       }
-      if (out.bits == 1) {
-        pack_few_bits<kHeadDim, kType, 1>(x, out, first_tile, shared);
-      } else if (out.bits == 2) {
-        pack_few_bits<kHeadDim, kType, 2>(x, out, first_tile, shared);
+      if constexpr (kFewBits != 0) {
+        pack_few_bits<kHeadDim, kType, kFewBits>(x, out, first_tile, shared);
       } else {
         scatter_survivors<kHeadDim, kType>(x, out, first_tile, shared);
       }
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(kHeadDim)
     const int place = exclusive_block_sum<kHeadDim>(tile_units(count, out.bits), &total);
     if (thread == 0) workspace.sizes[b] = total;
     out.offsets[batch * out.offsets_stride() + block * kHeadDim + thread] = offset_of_units(place, out.bits);
-    if (out.bits <= kMostStepBits) {
+    if constexpr (kFewBits != 0) {
       const uint4 words = shared.words[thread];
       auto* target = reinterpret_cast<std::uint32_t*>(slot) + place;
       const int num_words = tile_units(count, out.bits);
