@@ -61,18 +61,12 @@ __device__ inline std::uint32_t ones_equal(std::uint32_t x, std::uint32_t magnit
   return bits_of_pair(__heq2(__habs2(pair_of<kType>(x)), pair_of<kType>(magnitude)));
 }
 
-/// 1.0 where x is at least `limit` and neither is a NaN, else 0.0.
-template <MmaType kType>
-__device__ inline std::uint32_t ones_at_least(std::uint32_t x, std::uint32_t limit) {
-  return bits_of_pair(__hge2(pair_of<kType>(x), pair_of<kType>(limit)));
-}
-
+/// Sums, differences, products and a * b + c.
 template <MmaType kType>
 __device__ inline std::uint32_t pair_sum(std::uint32_t a, std::uint32_t b) {
   return bits_of_pair(__hadd2(pair_of<kType>(a), pair_of<kType>(b)));
 }
 
-/// Differences, products and a * b + c.
 template <MmaType kType>
 __device__ inline std::uint32_t pair_difference(std::uint32_t a, std::uint32_t b) {
   return bits_of_pair(__hsub2(pair_of<kType>(a), pair_of<kType>(b)));
