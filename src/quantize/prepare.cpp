@@ -54,7 +54,8 @@ void require_thresholds(const QuantizeOptions& options) {
             options.num_thresholds, " calibrated thresholds, but mode is not calibrated");
     return;
   }
-  require(options.lower != nullptr && options.upper != nullptr, "mode is calibrated, but lower or upper is null");
+  require((options.lower != nullptr && options.upper != nullptr) || options.num_thresholds == 0,
+          "mode is calibrated, but lower or upper is null for ", options.num_thresholds, " thresholds");
   require(options.scale == ScaleRule::kRange, "scale is rms and mode is calibrated; calibrated thresholds are a range");
   for (std::int64_t i = 0; i < options.num_thresholds; ++i) {
     const float lower = options.lower[i];

@@ -13,6 +13,7 @@
 #include "core/scratch.h"
 #include "core/with_type.h"
 #include "kvpack/dispatch.h"
+#include "quantize/codebook.h"
 #include "quantize/implementations.h"
 #include "quantize/outliers_cpu.h"
 #include "quantize/uniform.h"

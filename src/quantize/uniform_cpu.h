@@ -1,4 +1,4 @@
-// Simulated uniform quantisation in the SIMD vocabulary: what both axes share, and the tasks. Compiled once per
+// Simulated quantisation in the SIMD vocabulary: what both axes share, and the tasks. Compiled once per
 // instruction set by uniform_cpu.cpp.
 
 namespace kvpack::KVPACK_ISA {
@@ -6,15 +6,28 @@ namespace {
 
 enum class Outliers { kNone, kKept };
 
-/// How (code + offset) / qs is computed; both ways round once, so they give the same bits.
-enum class Quotient { kDivision, kReciprocal };
+/// What happens to a value. The first two differ in how (code + offset) / qs is computed; both round once, so they give
+/// the same bits.
+enum class Steps { kDivision, kReciprocal, kCodebook };
 
 /// One register of grids, for simulate_lanes().
 struct GridLanes {
   F32 qs;
   F32 offset;
-  F32 inverse;  // 1 / qs, read only with Quotient::kReciprocal
+  F32 inverse;  // 1 / qs, read only with Steps::kReciprocal
 };
+
+/// What all registers of a call share.
+struct RuleLanes {
+  F32 levels;
+  Mask keeps_degenerate;
+  const CodebookTable* codebook;
+};
+
+inline RuleLanes make_rule(const UniformProblem& problem) {
+  return {set1(largest_code(problem.options.bits)), mask_from_bits(problem.options.compat ? 0u : ~0u),
+          problem.codebook};
+}
 
 /// True when a / qs may be computed from 1 / qs: far from underflow and overflow in every step of divide_exactly().
 inline bool suits_reciprocal(float qs, float offset) {
@@ -33,35 +46,65 @@ inline F32 divide_exactly(F32 a, F32 b, F32 y) {
   return fma(fma(minus_b, quotient, a), y, quotient);
 }
 
-/// Quantises and dequantises one register. The lines are those of simulate_value() in quantize/uniform.h; lanes with a
-/// degenerate grid (qs 0) give the value back, or 0 where `keeps_degenerate` is clear.
-template <Outliers kOutliers, Quotient kQuotient>
-inline F32 simulate_lanes(F32 x, const GridLanes& grid, F32 upper, F32 lower, F32 levels, Mask keeps_degenerate) {
+/// What one register of normalised values comes back as. Boundaries ascend, so the last one below y decides; comparing
+/// with all of them beats halving, which needs a gather a step, up to 32 levels.
+inline F32 nearest_values(F32 y, const CodebookTable& codebook) {
+  constexpr std::int32_t kMostCompared = kLanes > 1 ? 32 : 0;
+  if (codebook.levels <= kMostCompared) {
+    F32 value = set1(codebook.values[0]);
+    for (std::int32_t k = 1; k < codebook.levels; ++k) {
+      value = blend(gt(y, set1(codebook.boundaries[k - 1])), set1(codebook.values[k]), value);
+    }
+    return value;
+  }
+  float lanes[kLanes];
+  store(lanes, y);
+  for (float& lane : lanes) lane = codebook.values[nearest_centroid(lane, codebook.boundaries, codebook.levels)];
+  return load(lanes);
+}
+
+/// Quantises and dequantises one register. The lines are those of simulate_value() in quantize/uniform.h and of
+/// simulate_with_codebook() in quantize/codebook.h; lanes with a degenerate grid (qs 0) give the value back, or the
+/// grid's offset where `keeps_degenerate` is clear.
+template <Outliers kOutliers, Steps kSteps>
+inline F32 simulate_lanes(F32 x, const GridLanes& grid, F32 upper, F32 lower, const RuleLanes& rule) {
   const F32 zero = set1(0.0f);
-  const F32 rounded = round_even(sub(mul(x, grid.qs), grid.offset));
-  const F32 shifted = add(min(max(rounded, zero), levels), grid.offset);
-  const F32 value =
-      kQuotient == Quotient::kReciprocal ? divide_exactly(shifted, grid.qs, grid.inverse) : div(shifted, grid.qs);
-  F32 result = blend(eq(grid.qs, zero), blend(keeps_degenerate, x, zero), value);
+  F32 value;
+  if constexpr (kSteps == Steps::kCodebook) {
+    const F32 y = div(sub(x, grid.offset), grid.qs);
+    value = add(mul(nearest_values(y, *rule.codebook), grid.qs), grid.offset);
+  } else {
+    const F32 rounded = round_even(sub(mul(x, grid.qs), grid.offset));
+    const F32 shifted = add(min(max(rounded, zero), rule.levels), grid.offset);
+    value = kSteps == Steps::kReciprocal ? divide_exactly(shifted, grid.qs, grid.inverse) : div(shifted, grid.qs);
+  }
+  F32 result = blend(eq(grid.qs, zero), blend(rule.keeps_degenerate, x, grid.offset), value);
   if constexpr (kOutliers == Outliers::kKept) result = blend(either(ge(x, upper), le(x, lower)), x, result);
   return result;
 }
 
 /// The same for one element, whose bits stay when it is exact: a float64 would lose some on its way through float32.
 template <Outliers kOutliers, typename T>
-inline T simulate_element(T x, UniformGrid grid, float upper, float lower, const UniformOptions& options) {
+inline T simulate_element(T x, UniformGrid grid, float upper, float lower, const UniformProblem& problem) {
   const float value = to_float(x);
   if (kOutliers == Outliers::kKept && (value >= upper || value <= lower)) return x;
-  if (grid.qs == 0.0f && !options.compat) return x;
+  if (grid.qs == 0.0f && !problem.options.compat) return x;
   T result{};
-  if (grid.qs != 0.0f) from_float(simulate_value(value, grid, largest_code(options.bits)), result);
+  if (grid.qs == 0.0f) {
+    from_float(grid.offset, result);
+  } else if (problem.codebook != nullptr) {
+    const CodebookTable& codebook = *problem.codebook;
+    from_float(simulate_with_codebook(value, grid, codebook.boundaries, codebook.values, codebook.levels), result);
+  } else {
+    from_float(simulate_value(value, grid, largest_code(problem.options.bits)), result);
+  }
   return result;
 }
 
-inline Mask keeps_degenerate(const UniformOptions& options) { return mask_from_bits(options.compat ? 0u : ~0u); }
-
 }  // namespace
 }  // namespace kvpack::KVPACK_ISA
+
+#include "quantize/uniform_tile_cpu.h"
 
 #include "quantize/uniform_per_channel_cpu.h"
 #include "quantize/uniform_per_token_cpu.h"
@@ -104,7 +147,9 @@ void run_per_token(const UniformProblem& problem, TaskTotals& totals) {
 template <Outliers kOutliers, typename T>
 void run_per_channel(const UniformProblem& problem, TaskTotals& totals) {
   const std::int64_t groups = num_token_groups(problem);
-  if (kOutliers == Outliers::kNone && groups == 1 && problem.tokens * problem.channels > kTaskElements) {
+  const bool splits_tokens = problem.options.scale == ScaleRule::kRange;  // strands of a sum of squares stay together
+  if (kOutliers == Outliers::kNone && splits_tokens && groups == 1 &&
+      problem.tokens * problem.channels > kTaskElements) {
     UniformCounts counts;
     bool all_finite = true;
     const TokenRange range = token_group(problem, 0);

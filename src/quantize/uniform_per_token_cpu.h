@@ -72,50 +72,94 @@ inline OutlierSplit split_row(const float* values, std::int64_t count, const Out
   return split_by_selection(scratch, count, plan);
 }
 
-/// Writes the whole registers of a vector; returns how many elements that were.
-template <Outliers kOutliers, Quotient kQuotient, typename T>
-inline std::int64_t write_registers(const T* x, T* out, std::int64_t count, UniformGrid grid, const OutlierSplit& split,
-                                    const UniformOptions& options) {
-  const GridLanes lanes{set1(grid.qs), set1(grid.offset), set1(grid.qs == 0.0f ? 0.0f : 1.0f / grid.qs)};
-  const F32 upper = set1(split.upper);
-  const F32 lower = set1(split.lower);
-  const F32 levels = set1(largest_code(options.bits));
-  const Mask keeps = keeps_degenerate(options);
+/// Elements at or beyond the thresholds of a calibrated vector.
+template <typename T>
+inline std::int64_t count_outliers(const T* x, std::int64_t count, const VectorGrid& vector) {
+  std::int64_t outliers = 0;
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    store(out + i, simulate_lanes<kOutliers, kQuotient>(load(x + i), lanes, upper, lower, levels, keeps));
+    const F32 value = load(x + i);
+    outliers += std::popcount(bits(either(ge(value, set1(vector.upper)), le(value, set1(vector.lower)))));
+  }
+  for (; i < count; ++i) outliers += to_float(x[i]) >= vector.upper || to_float(x[i]) <= vector.lower;
+  return outliers;
+}
+
+/// Root mean square of a vector, in the strands of quantize/codebook.h.
+template <typename T>
+inline UniformGrid find_rms(const T* x, std::int64_t count) {
+  constexpr int kRegisters = kStrands / kLanes;
+  F32 sums[kRegisters];
+  for (F32& sum : sums) sum = set1(0.0f);
+  std::int64_t i = 0;
+  for (; i + kStrands <= count; i += kStrands) {
+    for (int r = 0; r < kRegisters; ++r) {
+      const F32 value = load(x + i + r * kLanes);
+      sums[r] = add(sums[r], mul(value, value));
+    }
+  }
+  float strands[kStrands];
+  for (int r = 0; r < kRegisters; ++r) store(strands + r * kLanes, sums[r]);
+  for (std::int64_t strand = 0; i < count; ++i, ++strand) {
+    const float value = to_float(x[i]);
+    strands[strand] = strands[strand] + value * value;
+  }
+  return make_rms_grid(join_strands(strands), count);
+}
+
+/// Writes the whole registers of a vector; returns how many elements that were.
+template <Outliers kOutliers, Steps kSteps, typename T>
+inline std::int64_t write_registers(const T* x, T* out, std::int64_t count, const VectorGrid& vector,
+                                    const UniformProblem& problem) {
+  const GridLanes lanes{set1(vector.qs), set1(vector.offset), set1(vector.qs == 0.0f ? 0.0f : 1.0f / vector.qs)};
+  const F32 upper = set1(vector.upper);
+  const F32 lower = set1(vector.lower);
+  const RuleLanes rule = make_rule(problem);
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store(out + i, simulate_lanes<kOutliers, kSteps>(load(x + i), lanes, upper, lower, rule));
   }
   return i;
 }
 
 template <Outliers kOutliers, typename T>
-inline void write_row(const T* x, T* out, std::int64_t count, UniformGrid grid, const OutlierSplit& split,
-                      const UniformOptions& options) {
+inline void write_row(const T* x, T* out, std::int64_t count, const VectorGrid& vector, const UniformProblem& problem) {
   std::int64_t i = 0;
   if constexpr (!std::is_same_v<T, double>) {
-    i = suits_reciprocal(grid.qs, grid.offset)
-            ? write_registers<kOutliers, Quotient::kReciprocal>(x, out, count, grid, split, options)
-            : write_registers<kOutliers, Quotient::kDivision>(x, out, count, grid, split, options);
+    if (problem.codebook != nullptr) {
+      i = write_registers<kOutliers, Steps::kCodebook>(x, out, count, vector, problem);
+    } else if (suits_reciprocal(vector.qs, vector.offset)) {
+      i = write_registers<kOutliers, Steps::kReciprocal>(x, out, count, vector, problem);
+    } else {
+      i = write_registers<kOutliers, Steps::kDivision>(x, out, count, vector, problem);
+    }
   }
-  for (; i < count; ++i) out[i] = simulate_element<kOutliers>(x[i], grid, split.upper, split.lower, options);
+  const UniformGrid grid{vector.qs, vector.offset};
+  for (; i < count; ++i) out[i] = simulate_element<kOutliers>(x[i], grid, vector.upper, vector.lower, problem);
 }
 
-/// One vector along channels. `scratch` holds 4 * (count + kLanes) floats. Returns false, and
-/// writes nothing, when a value is not finite.
+/// One vector along channels; `fixed` is its calibrated grid, or null. `scratch` holds 4 * (count + kLanes) floats.
+/// Returns false, and writes nothing, when a value is not finite.
 template <Outliers kOutliers, typename T>
-inline bool simulate_row(const T* x, T* out, std::int64_t count, const UniformOptions& options, float* scratch,
-                         std::int64_t& outliers) {
+inline bool simulate_row(const T* x, T* out, std::int64_t count, const UniformProblem& problem, const VectorGrid* fixed,
+                         float* scratch, std::int64_t& outliers) {
   OutlierSplit split;
   if (!find_range(x, count, split.low, split.high)) return false;
+  if (fixed != nullptr) {
+    if constexpr (kOutliers == Outliers::kKept) outliers += count_outliers(x, count, *fixed);
+    write_row<kOutliers>(x, out, count, *fixed, problem);
+    return true;
+  }
   if constexpr (kOutliers == Outliers::kKept) {
-    const OutlierPlan plan = make_outlier_plan(options.outlier_fraction, count);
+    const OutlierPlan plan = make_outlier_plan(problem.options.outlier_fraction, count);
     float* values = scratch + 3 * (count + kLanes);
     for (std::int64_t i = 0; i < count; ++i) values[i] = to_float(x[i]);
     split = split_row(values, count, plan, scratch);
     outliers += split.outliers;
   }
-  const UniformGrid grid = make_grid(split.low, split.high, largest_code(options.bits), options.offset, options.compat);
-  write_row<kOutliers>(x, out, count, grid, split, options);
+  const bool has_rms = problem.options.scale == ScaleRule::kRms;
+  const UniformGrid grid = has_rms ? find_rms(x, count) : make_range_grid(split.low, split.high, problem.options);
+  write_row<kOutliers>(x, out, count, VectorGrid{grid.qs, grid.offset, split.upper, split.lower}, problem);
   return true;
 }
 
@@ -129,7 +173,8 @@ bool simulate_tokens(const UniformProblem& problem, std::int64_t first, std::int
     T* out = static_cast<T*>(problem.out) + token * problem.out_token_stride;
     for (std::int64_t c = 0; c < problem.channels; c += problem.group) {
       const std::int64_t count = problem.channels - c < problem.group ? problem.channels - c : problem.group;
-      all_finite &= simulate_row<kOutliers>(x + c, out + c, count, problem.options, scratch, counts.outliers);
+      const VectorGrid* fixed = problem.static_grids == nullptr ? nullptr : &static_grid(problem, token, c);
+      all_finite &= simulate_row<kOutliers>(x + c, out + c, count, problem, fixed, scratch, counts.outliers);
       counts.vectors += 1;
       counts.quantized += count;
     }

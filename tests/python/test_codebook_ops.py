@@ -201,8 +201,6 @@ def test_rotations_are_orthogonal_and_undone():
         back = ops.rotate(y, torch.from_numpy(r), direction="inverse")
         torch.testing.assert_close(back, x, rtol=1e-2, atol=0.1)
     assert not np.array_equal(ops.random_rotation(8, 0), ops.random_rotation(8, 1))
-    # The same bits on every machine.
-    np.testing.assert_array_equal(ops.random_rotation(2, 0), ops.random_rotation(2, 0))
 
 
 X = torch.ones(4, 6)
@@ -224,7 +222,7 @@ ASCENDING = [-1.0, 0.0, 0.5, 1.0]
         (lambda: quantize(2, codebook=[0, 1, math.nan, 2]), r"codebook\[2\] is nan"),
         (lambda: quantize(2, scale="rms"), "scale is rms and codebook is null"),
         (lambda: quantize(2, scale="rms", codebook=ASCENDING, outlier_fraction=0.1), "outlier_fraction is 0.1"),
-        (lambda: quantize(2, mode="calibrated"), "lower or upper is null"),
+        (lambda: quantize(2, mode="calibrated"), "lower and upper have 0 thresholds"),
         (
             lambda: quantize(2, mode="calibrated", lower=[0] * 5, upper=[1] * 5),
             "5 thresholds; x of shape .4, 6. has 6 channels",
