@@ -11,6 +11,7 @@
 #include "formats/tile64/implementations.h"
 #include "prune/implementations.h"
 #include "quantize/implementations.h"
+#include "transform/implementations.h"
 
 namespace kvpack {
 
@@ -60,7 +61,9 @@ extern "C" __attribute__((visibility("default"))) const kvpack::CudaLibrary* kvp
   using namespace kvpack;
   static const std::array rows{
       cuda_row<PruneFunction>(Operation::kPruneMagnitude, cuda::prune_magnitude),
+      cuda_row<RotateFunction>(Operation::kRotate, cuda::rotate),
       cuda_row<UniformFunction>(Operation::kSimulateUniform, cuda::simulate_uniform),
+      cuda_row<UniformFunction>(Operation::kSimulateQuantized, cuda::simulate_uniform),
       cuda_row<CompressTile64Function>(Operation::kCompressTile64, cuda::compress_tile64),
       cuda_row<UnpackTile64Function>(Operation::kUnpackTile64, cuda::unpack_tile64),
       cuda_row<CheckTile64Function>(Operation::kCheckTile64, cuda::check_tile64),

@@ -227,8 +227,7 @@ __global__ void __launch_bounds__(kThreads)
       if (worker.row == 0) merge_atomically(shared.dense[v], {shared.key[v][0], ~shared.key[v][0]});
     }
     if (worker.row == 0 && view.count > 0) {
-      const UniformGrid grid = make_grid(shared.dense[v].low_value(), shared.dense[v].high_value(),
-                                         largest_code(plan.options.bits), plan.options.offset, plan.options.compat);
+      const UniformGrid grid = make_range_grid(shared.dense[v].low_value(), shared.dense[v].high_value(), plan.options);
       grids[view.index] = {grid.qs, grid.offset, upper, lower};
       outliers += shared.num_outliers[v];
     }

@@ -1,11 +1,13 @@
-// Simulated uniform quantisation on the GPU. Two steps with one look from the host between them: every vector's grid, and
-// only when all values are finite the elements. The rules are quantize/uniform.h and quantize/outliers.h.
+// Simulated quantisation on the GPU. Two steps with one look from the host between them: every vector's grid, and
+// only when all values are finite the elements. The rules are quantize/uniform.h,
+// quantize/codebook.h and quantize/outliers.h.
 #include <limits>
 
 #include "core/with_type.h"
 #include "cuda/buffer.h"
 #include "cuda/check.h"
 #include "cuda/device.h"
+#include "quantize/codebook_cuda.cuh"
 #include "quantize/outliers_cuda.cuh"
 #include "quantize/uniform_cuda.cuh"
 
@@ -13,10 +15,7 @@ namespace kvpack::cuda {
 
 namespace {
 
-constexpr int kTileRows = 8;  // warps of a block, one token each at a time
-constexpr int kThreads = kTileRows * kWarpLanes;
 constexpr int kRangeTokens = 256;  // tokens of a range tile: 32 loads a thread, enough to hide a merge
-constexpr int kWriteTokens = 64;
 
 /// Smallest and largest of each per-channel vector. Lanes lie on neighbouring channels:
 ///
@@ -93,27 +92,31 @@ __global__ void __launch_bounds__(kThreads)
 /// Writes  grids [num_vectors]
 /// Needs   finite ranges; others give grids without meaning
 __global__ void __launch_bounds__(kThreads)
-    make_grids_kernel(const RangeKeys* ranges, std::int64_t num_vectors, UniformOptions options, VectorGrid* grids) {
+    make_grids_kernel(const RangeKeys* ranges, std::int64_t num_vectors, QuantizeOptions options, VectorGrid* grids) {
   const float never = HUGE_VALF;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < num_vectors; v += step) {
-    const UniformGrid grid = make_grid(ranges[v].low_value(), ranges[v].high_value(), largest_code(options.bits),
-                                       options.offset, options.compat);
+    const UniformGrid grid = make_range_grid(ranges[v].low_value(), ranges[v].high_value(), options);
     grids[v] = {grid.qs, grid.offset, never, -never};
   }
 }
 
 /// Quantises and dequantises one element; exact ones keep their bits, which a float64 would lose through float32.
-template <typename T>
-__device__ T simulate_element(T element, VectorGrid grid, const UniformOptions& options) {
+template <Steps kSteps, typename T>
+__device__ T simulate_element(T element, VectorGrid grid, const QuantizeOptions& options,
+                              const SharedCodebook& codebook) {
   const float value = element_value(element);
   if (value >= grid.upper || value <= grid.lower) return element;
   const bool is_degenerate = grid.qs == 0.0f;
   if (is_degenerate && !options.compat) return element;
-  T result{};
+  float simulated = grid.offset;
   if (!is_degenerate) {
-    set_element(simulate_value(value, {grid.qs, grid.offset}, largest_code(options.bits)), result);
+    const UniformGrid of_vector{grid.qs, grid.offset};
+    simulated = kSteps == Steps::kCodebook ? codebook.simulate(value, of_vector)
+                                           : simulate_value(value, of_vector, largest_code(options.bits));
   }
+  T result{};
+  set_element(simulated, result);
   return result;
 }
 
@@ -121,12 +124,14 @@ __device__ T simulate_element(T element, VectorGrid grid, const UniformOptions& 
 ///
 /// Launch  any number of blocks of (32, kTileRows)
 /// Work    tiles of 32 channels x kWriteTokens tokens, lanes on neighbouring channels
-/// Reads   x once; grids [num_vectors], from the caches where vectors are long
+/// Reads   x once; grids [num_vectors], from the caches where vectors are long; the codebook, from shared memory
 /// Writes  out [tokens, channels] once, may be x
 /// Needs   grids of finite vectors
-template <Axis kAxis, typename T>
+template <Axis kAxis, Steps kSteps, typename T>
 __global__ void __launch_bounds__(kThreads)
     write_elements_kernel(VectorPlan<T> plan, std::int64_t num_tiles, const VectorGrid* grids) {
+  __shared__ SharedCodebook codebook;
+  if constexpr (kSteps == Steps::kCodebook) codebook.load(*plan.codebook);
   const std::int64_t tiles_across = divide_up(plan.channels, kWarpLanes);
   for (std::int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const std::int64_t c = tile % tiles_across * kWarpLanes + threadIdx.x;
@@ -139,13 +144,12 @@ __global__ void __launch_bounds__(kThreads)
       T element = plan.x[t * plan.x_token_stride + c * plan.x_channel_stride];
       if (t >= plan.first_token && t < plan.end_token) {
         if constexpr (kAxis == Axis::kPerToken) {
-          grid = grids[(t - plan.first_token) * plan.num_groups + c / plan.group];
+          grid = grids[plan.template grid_index<kAxis>(t, c)];
         } else if (t >= grid_end) {
-          const std::int64_t group = t / plan.group;
-          grid = grids[(group - plan.first_group) * plan.channels + c];
-          grid_end = (group + 1) * plan.group;
+          grid = grids[plan.template grid_index<kAxis>(t, c)];
+          grid_end = (t / plan.group + 1) * plan.group;
         }
-        element = simulate_element(element, grid, plan.options);
+        element = simulate_element<kSteps>(element, grid, plan.options, codebook);
       }
       plan.out[t * plan.out_token_stride + c * plan.out_channel_stride] = element;
     }
@@ -166,6 +170,7 @@ VectorPlan<T> make_plan(const UniformProblem& problem) {
   plan.out_channel_stride = problem.out_channel_stride;
   plan.group = problem.group;
   plan.options = problem.options;
+  plan.is_static = problem.static_grids != nullptr;
   plan.first_token = problem.options.protected_tokens;
   const bool by_channel = problem.options.axis == Axis::kPerChannel;
   const std::int64_t token_groups = by_channel ? num_token_groups(problem) : 0;
@@ -179,8 +184,6 @@ VectorPlan<T> make_plan(const UniformProblem& problem) {
   plan.num_vectors = plan.num_groups * (by_channel ? plan.channels : plan.end_token - plan.first_token);
   return plan;
 }
-
-constexpr dim3 kTileThreads(kWarpLanes, kTileRows);
 
 template <typename T>
 void launch_ranges(const VectorPlan<T>& plan, RangeKeys* ranges, Findings* findings, cudaStream_t stream) {
@@ -224,15 +227,25 @@ void launch_outlier_split(const VectorPlan<T>& plan, VectorGrid* grids, Findings
   }
 }
 
+template <Steps kSteps, typename T>
+void launch_write_of(const VectorPlan<T>& plan, const VectorGrid* grids, cudaStream_t stream) {
+  const std::int64_t tiles = num_element_tiles(plan);
+  const int blocks = grid_blocks(tiles);
+  if (plan.options.axis == Axis::kPerToken) {
+    write_elements_kernel<Axis::kPerToken, kSteps><<<blocks, kTileThreads, 0, stream>>>(plan, tiles, grids);
+  } else {
+    write_elements_kernel<Axis::kPerChannel, kSteps><<<blocks, kTileThreads, 0, stream>>>(plan, tiles, grids);
+  }
+  check_cuda(cudaGetLastError(), "launch the writing of simulated quantisation");
+}
+
 template <typename T>
 void launch_write(const VectorPlan<T>& plan, const VectorGrid* grids, cudaStream_t stream) {
-  const std::int64_t tiles = divide_up(plan.channels, kWarpLanes) * divide_up(plan.tokens, kWriteTokens);
-  if (plan.options.axis == Axis::kPerToken) {
-    write_elements_kernel<Axis::kPerToken><<<grid_blocks(tiles), kTileThreads, 0, stream>>>(plan, tiles, grids);
+  if (plan.codebook == nullptr) {
+    launch_write_of<Steps::kUniform>(plan, grids, stream);
   } else {
-    write_elements_kernel<Axis::kPerChannel><<<grid_blocks(tiles), kTileThreads, 0, stream>>>(plan, tiles, grids);
+    launch_write_of<Steps::kCodebook>(plan, grids, stream);
   }
-  check_cuda(cudaGetLastError(), "launch the writing of simulate_uniform");
 }
 
 /// Grids of all vectors, and what the host must know before anything is written. Synchronises the stream.
@@ -241,7 +254,11 @@ Findings find_grids(const VectorPlan<T>& plan, bool with_outliers, VectorGrid* g
   DeviceBuffer<Findings> findings(1, stream);
   check_cuda(cudaMemsetAsync(&findings.data()->first_bad, 0xff, sizeof(Counter), stream), "fill memory");
   check_cuda(cudaMemsetAsync(&findings.data()->outliers, 0, sizeof(Counter), stream), "fill memory");
-  if (with_outliers) {
+  if (plan.is_static) {
+    launch_static_check(plan, grids, findings.data(), stream);
+  } else if (plan.options.scale == ScaleRule::kRms) {
+    launch_rms(plan, grids, findings.data(), stream);
+  } else if (with_outliers) {
     launch_outlier_split(plan, grids, findings.data(), stream);
   } else {
     DeviceBuffer<RangeKeys> ranges(plan.num_vectors, stream);
@@ -258,14 +275,21 @@ Findings find_grids(const VectorPlan<T>& plan, bool with_outliers, VectorGrid* g
 
 template <typename T>
 UniformOutcome simulate_as(const UniformProblem& problem) {
-  const VectorPlan<T> plan = make_plan<T>(problem);
+  VectorPlan<T> plan = make_plan<T>(problem);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   UniformOutcome outcome;
   if (plan.num_vectors == 0) {
     if (!problem.only_check) launch_write<T>(plan, nullptr, stream);
     return outcome;
   }
-  DeviceBuffer<VectorGrid> grids(plan.num_vectors, stream);
+  DeviceBuffer<CodebookTable> codebook(1, stream);
+  if (problem.codebook != nullptr) {
+    copy_to_device(codebook.data(), problem.codebook, 1, stream);
+    plan.codebook = codebook.data();
+  }
+  const std::int64_t num_static = problem.options.axis == Axis::kPerToken ? plan.tokens : plan.channels;
+  DeviceBuffer<VectorGrid> grids(plan.is_static ? num_static : plan.num_vectors, stream);
+  if (plan.is_static) copy_to_device(grids.data(), problem.static_grids, num_static, stream);
   // A check alone needs no thresholds: the ranges read each element as well.
   const bool with_outliers = problem.options.outlier_fraction > 0.0 && !problem.only_check;
   const Findings findings = find_grids(plan, with_outliers, grids.data(), stream);

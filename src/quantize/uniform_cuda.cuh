@@ -1,4 +1,4 @@
-// What the kernels of simulated uniform quantisation share: how vectors lie in a sequence, and what is known of each.
+// What the kernels of simulated quantisation share: how vectors lie in a sequence, and what is known of each.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,13 +40,25 @@ struct VectorPlan {
   std::int64_t first_group;  // per channel: the group that holds first_token
   std::int64_t num_groups;   // groups of tokens (per channel), or of channels in each token (per token)
   std::int64_t num_vectors;
-  UniformOptions options;
+  QuantizeOptions options;        // its pointers are the host's
+  const CodebookTable* codebook;  // in device memory; null: a uniform grid
+  bool is_static;                 // calibrated grids: one per channel, or one per token
 
   /// Tokens of a per-channel group, counted from first_group: only the first can be cut by protected tokens, only the
   /// last by the end.
   __device__ TokenRange token_range(std::int64_t index) const {
     const std::int64_t first = (first_group + index) * group;
     return {max(first, first_token), min(first + group, end_token)};
+  }
+
+  /// Where the grid of a quantised element stands.
+  template <Axis kAxis>
+  __device__ std::int64_t grid_index(std::int64_t token, std::int64_t channel) const {
+    if constexpr (kAxis == Axis::kPerToken) {
+      return is_static ? token : (token - first_token) * num_groups + channel / group;
+    } else {
+      return is_static ? channel : (token / group - first_group) * channels + channel;
+    }
   }
 };
 
