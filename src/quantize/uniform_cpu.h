@@ -46,21 +46,19 @@ inline F32 divide_exactly(F32 a, F32 b, F32 y) {
   return fma(fma(minus_b, quotient, a), y, quotient);
 }
 
-/// What one register of normalised values comes back as. Boundaries ascend, so the last one below y decides; comparing
-/// with all of them beats halving, which needs a gather a step, up to 32 levels.
+/// What one register of normalised values comes back as. Boundaries ascend, so the last one below y decides. Comparing
+/// with all of them beats halving, which would gather at each step; a single lane halves.
 inline F32 nearest_values(F32 y, const CodebookTable& codebook) {
-  constexpr std::int32_t kMostCompared = kLanes > 1 ? 32 : 0;
-  if (codebook.levels <= kMostCompared) {
-    F32 value = set1(codebook.values[0]);
-    for (std::int32_t k = 1; k < codebook.levels; ++k) {
-      value = blend(gt(y, set1(codebook.boundaries[k - 1])), set1(codebook.values[k]), value);
-    }
-    return value;
+  if constexpr (kLanes == 1) {
+    float lane[kLanes];
+    store(lane, y);
+    return set1(codebook.values[nearest_centroid(lane[0], codebook.boundaries, codebook.levels)]);
   }
-  float lanes[kLanes];
-  store(lanes, y);
-  for (float& lane : lanes) lane = codebook.values[nearest_centroid(lane, codebook.boundaries, codebook.levels)];
-  return load(lanes);
+  F32 value = set1(codebook.values[0]);
+  for (std::int32_t k = 1; k < codebook.levels; ++k) {
+    value = blend(gt(y, set1(codebook.boundaries[k - 1])), set1(codebook.values[k]), value);
+  }
+  return value;
 }
 
 /// Quantises and dequantises one register. The lines are those of simulate_value() in quantize/uniform.h and of
