@@ -10,7 +10,7 @@ from ctypes import byref
 
 from kvpack import _native
 from kvpack.arrays import TensorLike, as_contiguous, dtype_name, empty
-from kvpack.tile64 import Tile64, workspace_of
+from kvpack.tile64 import Tile64, check_tiles, workspace_of
 
 MAX_QUERY_ROWS = 16
 """Most query tokens of one call."""
@@ -33,6 +33,7 @@ def multiply_keys(keys: Tile64, q: TensorLike, out: TensorLike | None = None) ->
 
     Source: docs/numerics.md section 3.
     """
+    check_tiles("keys", keys)
     return _multiply("keys", keys, q, "q", keys.tokens, out)
 
 
@@ -52,6 +53,7 @@ def multiply_values(values: Tile64, p: TensorLike, out: TensorLike | None = None
 
     Source: docs/numerics.md section 3.
     """
+    check_tiles("values", values)
     return _multiply("values", values, p, "p", values.head_dim, out)
 
 
@@ -89,7 +91,7 @@ def attend_tile64(
         values: tiles of kind `value`, of the same tokens; their bits may differ from those of keys.
         recent: dense key and value of the newest tokens, [batch, kv_heads, recent_tokens, head_dim] of q's type,
             channels side by side; None where there are none.
-        scale: factor of the scores, not 0; None is 1/sqrt(head_dim).
+        scale: factor of the scores, above 0; None is 1/sqrt(head_dim).
         softcap: scores become softcap * tanh(score / softcap); None leaves them.
         causal: the last `rows` recent tokens are those of the query rows, and a row sees none after its own.
         out: shape and type of q, contiguous; None allocates.
@@ -105,14 +107,17 @@ def attend_tile64(
 
     Source: docs/numerics.md section 8.
     """
+    check_tiles("keys", keys)
+    check_tiles("values", values)
     _require_rank(q, "q", 4)
+    require_batch(q, keys, values)
     q = as_contiguous(q)
     out = empty(q, q.shape, dtype_name(q)) if out is None else out
     lse = empty(q, q.shape[:3], "float32") if return_lse else None
     batch, q_heads, rows, _ = q.shape
     workspace = _workspace(q, keys, batch * q_heads * rows)
     options = _native.AttendOptions(_factor("scale", scale), _factor("softcap", softcap), int(causal), 0)
-    recent_keys, recent_values = (None, None) if recent is None else recent
+    recent_keys, recent_values = (None, None) if recent is None else pair_of(recent)
     named = (
         ("q", q),
         ("recent_keys", recent_keys),
@@ -150,9 +155,23 @@ def _factor(name: str, value: float | None) -> float:
     """The C side writes "none given" as 0, so that 0 itself must not come from a caller."""
     if value is None:
         return 0.0
-    if value == 0 or not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; it is a finite number other than 0, or None")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; it is a finite number above 0, or None")
     return float(value)
+
+
+def require_batch(q: TensorLike, keys: Tile64, values: Tile64) -> None:
+    """Refuses another batch than that of tiles [batch, kv_heads, ..]: the C side sees their product only."""
+    for name, leading in (("keys", keys.leading), ("values", values.leading)):
+        if len(leading) == 2 and leading[0] != q.shape[0]:
+            raise ValueError(f"q has shape {tuple(q.shape)}; {name} are of batch {leading[0]}, kv_heads {leading[1]}")
+
+
+def pair_of(recent: tuple[TensorLike, TensorLike]) -> tuple[TensorLike, TensorLike]:
+    """The recent window as two tensors; refuses anything else."""
+    if not isinstance(recent, (tuple, list)) or len(recent) != 2 or any(part is None for part in recent):
+        raise TypeError("recent is a pair of dense keys and values, or None")
+    return recent[0], recent[1]
 
 
 def _require_rank(x: TensorLike, name: str, rank: int) -> None:

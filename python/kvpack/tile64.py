@@ -52,7 +52,8 @@ class Tile64:
         zeros: [batches, T] float32; [0, 0] for 16 bits.
 
     Raises:
-        ValueError: kind, bits or dtype that does not exist. Shapes are checked by whoever reads the tensors.
+        ValueError: kind, bits, dtype or a number of tokens that does not exist. Shapes are checked by whoever reads
+            the tensors.
         NotImplementedError: a head_dim that tiles do not exist for.
     """
 
@@ -72,6 +73,8 @@ class Tile64:
     def __post_init__(self) -> None:
         check_numbers(self.kind, self.bits, self.head_dim)
         choose("dtype", self.dtype, dict.fromkeys(VALUE_DTYPES, 0))
+        if isinstance(self.tokens, float) or not 0 <= self.tokens < 2**63:
+            raise ValueError(f"tokens is {self.tokens!r}; it is a whole number from 0 to 2^63 - 1")
 
     @property
     def batches(self) -> int:
@@ -95,15 +98,32 @@ class Tile64:
 
     @cached_property
     def limits(self) -> tuple[int, ...]:
-        """Where each batch starts in the payload and the last one ends, in its elements; synchronises a GPU once."""
+        """Where each batch starts in the payload and the last one ends, in its elements; synchronises a GPU once.
+
+        Raises:
+            ValueError: shapes that do not fit, batches that do not follow one another or end outside the payload.
+        """
+        for name, shape in tile_shapes(self.bits, self.batches, self.tokens, self.head_dim).items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}; expected {shape}")
         if 0 in self.bitmaps.shape:
-            return (0,) * (self.bitmaps.shape[0] + 1)
+            return (0,) * (self.batches + 1)
         if self.bits == UNQUANTIZED_BITS:
-            *starts, end = fetch(self.starts, self.offsets[-1, -1:])
-            return (*(8 * start for start in starts), 8 * starts[-1] + 2 * end)
-        *starts, last, bitmap = fetch(self.offsets[:, 0], self.offsets[-1, -1:], self.bitmaps[-1, -1:])
-        survivors = (bitmap & (2**64 - 1)).bit_count()
-        return (*starts, last + -(-survivors * self.bits // 32))
+            numbers = fetch(self.starts, self.offsets[:, -1])
+            starts = [8 * start for start in numbers[: self.batches]]
+            ends = [start + 2 * size for start, size in zip(starts, numbers[self.batches :], strict=True)]
+        else:
+            *starts, last, bitmap = fetch(self.offsets[:, 0], self.offsets[-1, -1:], self.bitmaps[-1, -1:])
+            survivors = (bitmap & (2**64 - 1)).bit_count()
+            ends = [*starts[1:], last + -(-survivors * self.bits // 32)]
+        capacity = self.payload.shape[0]
+        for batch, (low, high, following) in enumerate(zip(starts, ends, [*starts[1:], ends[-1]], strict=True)):
+            if not 0 <= low <= high <= capacity or high != following:
+                raise ValueError(
+                    f"batch {batch} takes elements {low} to {high} of the payload, which has {capacity}, and the next "
+                    f"begins at {following}"
+                )
+        return (*starts, ends[-1])
 
     @property
     def payload_elements(self) -> int:
@@ -127,10 +147,11 @@ class Tile64:
 
         Args:
             copy: into memory of its own, so that the larger payload can be freed; False makes a view.
+
+        Raises:
+            ValueError: a payload that is too small, or tiles that no one packed; see limits.
         """
         used = self.payload_elements
-        if used > self.payload.shape[0]:
-            raise ValueError(f"tiles take {used} elements of payload, which has {self.payload.shape[0]}")
         payload = self.payload[:used]
         if copy and used < self.payload.shape[0]:
             payload = payload.copy() if isinstance(payload, np.ndarray) else payload.clone()
@@ -138,6 +159,8 @@ class Tile64:
 
     def to(self, device: Any) -> Tile64:
         """The tiles on another device (torch tensors only)."""
+        if isinstance(self.bitmaps, np.ndarray):
+            raise TypeError(f"tiles of numpy arrays cannot go to {device}; make them from torch tensors")
         return replace(self, **{name: part.to(device) for name, part in zip(TENSOR_NAMES, self.tensors, strict=True)})
 
     def validate(self) -> Tile64:
@@ -148,6 +171,7 @@ class Tile64:
                 counts disagree with them, scales that are not finite; the message names batch, tile and both values.
         """
         _native.check(_native.library.kvpack_check_tile64(self.native, _native.stream_of(self.bitmaps)))
+        _ = self.limits  # checks that batches follow one another
         return self
 
     def save(self, path: Any) -> None:
@@ -181,7 +205,7 @@ def _bytes_of(x: TensorLike) -> int:
 def check_numbers(kind: str, bits: int, head_dim: int) -> None:
     """Refuses a kind, bits or a head_dim that tiles do not have."""
     choose("kind", kind, KINDS)
-    if bits not in BITS:
+    if isinstance(bits, (bool, float)) or bits not in BITS:
         raise ValueError(f"bits is {bits!r}; it is one of {', '.join(map(str, BITS))}")
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"tiles exist for head_dim {', '.join(map(str, HEAD_DIMS))}, not for {head_dim}")
@@ -194,6 +218,25 @@ def workspace_of(function: Any, x: TensorLike, *sizes: int) -> TensorLike | None
     return empty(x, (-(-_native.int_from(function, *sizes, _native.CUDA) // 8),), "int64")
 
 
+def check_tiles(name: str, tiles: Any) -> None:
+    """Refuses what is no Tile64."""
+    if not isinstance(tiles, Tile64):
+        raise TypeError(f"{name} must be a kvpack.Tile64, not {type(tiles).__name__}")
+
+
 def num_tiles(tokens: int, head_dim: int) -> int:
     """Tiles of one matrix [tokens, head_dim]."""
     return -(-tokens // BLOCK_TOKENS) * head_dim
+
+
+def tile_shapes(bits: int, batches: int, tokens: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a Tile64's tensors, but for the payload, whose size depends on what survives."""
+    tiles, halves = num_tiles(tokens, head_dim), bits == UNQUANTIZED_BITS
+    grids = (0, 0) if halves else (batches, tiles)
+    return {
+        "bitmaps": (batches, tiles),
+        "offsets": (batches, tiles + halves),
+        "starts": (batches if halves else 0,),
+        "scales": grids,
+        "zeros": grids,
+    }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvpack.tile64 import TENSOR_NAMES, UNQUANTIZED_BITS, Tile64, check_numbers, num_tiles
+from kvpack.tile64 import TENSOR_NAMES, UNQUANTIZED_BITS, Tile64, check_numbers, tile_shapes
 
 FORMAT = "kvpack-tile64"
 VERSION = "1"
@@ -28,6 +28,8 @@ def save_tile64(tiles: Tile64, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
+
     tiles = tiles.trim(copy=False)
     header = {"format": FORMAT, "version": VERSION}
     header |= {name: str(getattr(tiles, name)) for name in _HEADER}
@@ -40,7 +42,10 @@ def save_tile64(tiles: Tile64, path: str | Path) -> None:
         from safetensors.torch import save_file
 
         tensors = {name: part.cpu().contiguous() for name, part in zip(TENSOR_NAMES, tiles.tensors, strict=True)}
-    save_file(tensors, path, metadata=header)
+    try:
+        save_file(tensors, path, metadata=header)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def load_tile64(path: str | Path, device: Any = "cpu") -> Tile64:
@@ -99,20 +104,14 @@ def _check_tensors(file: Any, numbers: dict[str, Any]) -> None:
     names = sorted(file.keys())
     if names != sorted(TENSOR_NAMES):
         raise ValueError(f"tensors are {names}; expected {sorted(TENSOR_NAMES)}")
-    batches, tiles = math.prod(numbers["leading"]), num_tiles(numbers["tokens"], numbers["head_dim"])
-    halves = numbers["bits"] == UNQUANTIZED_BITS
-    grids = [0, 0] if halves else [batches, tiles]
+    bits, tokens, head_dim = (numbers[name] for name in ("bits", "tokens", "head_dim"))
+    shapes = tile_shapes(bits, math.prod(numbers["leading"]), tokens, head_dim)
     half_type = "BF16" if numbers["dtype"] == "bfloat16" else "F16"
-    expected = {
-        "bitmaps": ("I64", [batches, tiles]),
-        "offsets": ("I32", [batches, tiles + halves]),
-        "payload": (half_type if halves else "I32", None),
-        "starts": ("I32", [batches if halves else 0]),
-        "scales": ("F32", grids),
-        "zeros": ("F32", grids),
-    }
-    for name, (dtype, shape) in expected.items():
+    types = {"bitmaps": "I64", "offsets": "I32", "starts": "I32", "scales": "F32", "zeros": "F32"}
+    types["payload"] = half_type if bits == UNQUANTIZED_BITS else "I32"
+    for name, dtype in types.items():
         part = file.get_slice(name)
-        found = (part.get_dtype(), list(part.get_shape()))
-        if found[0] != dtype or (len(found[1]) != 1 if shape is None else found[1] != shape):
-            raise ValueError(f"{name} is {found[1]} {found[0]}; expected {shape or '[elements]'} {dtype}")
+        found, found_shape = part.get_dtype(), list(part.get_shape())
+        shape = list(shapes[name]) if name in shapes else None
+        if found != dtype or (len(found_shape) != 1 if shape is None else found_shape != shape):
+            raise ValueError(f"{name} is {found_shape} {found}; expected {shape or '[elements]'} {dtype}")

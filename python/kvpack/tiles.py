@@ -24,7 +24,8 @@ from kvpack.tile64 import (
     Tile64,
     TileKind,
     check_numbers,
-    num_tiles,
+    check_tiles,
+    tile_shapes,
     workspace_of,
 )
 
@@ -39,13 +40,14 @@ def allocate_tile64(
 ) -> Tile64:
     """Tiles with room for x [.., tokens, head_dim], not written yet: the payload can take the most that may survive."""
     *leading, tokens, head_dim = x.shape
-    batches, tiles = math.prod(leading), num_tiles(tokens, head_dim)
+    batches = math.prod(leading)
     kept = kept_per_row(sparsity, head_dim) if rule == "exact" else head_dim
     bound = _native.library.kvpack_tile64_payload_bound
     capacity = _native.int_from(bound, bits, batches, tokens, head_dim, kept)
-    halves = bits == UNQUANTIZED_BITS
-    grids = (0, 0) if halves else (batches, tiles)
     name = dtype_name(x)
+    half_type = "float16" if name == "float32" else name
+    types = {"bitmaps": "int64", "offsets": "int32", "starts": "int32", "scales": "float32", "zeros": "float32"}
+    shapes = tile_shapes(bits, batches, tokens, head_dim)
     return Tile64(
         kind,
         bits,
@@ -53,12 +55,8 @@ def allocate_tile64(
         head_dim,
         name,
         tuple(leading),
-        bitmaps=empty(x, (batches, tiles), "int64"),
-        offsets=empty(x, (batches, tiles + halves), "int32"),
-        payload=empty(x, (capacity,), ("float16" if name == "float32" else name) if halves else "int32"),
-        starts=empty(x, (batches if halves else 0,), "int32"),
-        scales=empty(x, grids, "float32"),
-        zeros=empty(x, grids, "float32"),
+        payload=empty(x, (capacity,), half_type if bits == UNQUANTIZED_BITS else "int32"),
+        **{name: empty(x, shape, types[name]) for name, shape in shapes.items()},
     )
 
 
@@ -174,8 +172,11 @@ def unpack_tile64(tiles: Tile64, *, dtype: Any = None, out: TensorLike | None = 
 
     Source: docs/numerics.md sections 2 and 3.
     """
+    check_tiles("tiles", tiles)
     if out is None:
-        out = empty(tiles.bitmaps, tiles.shape, tiles.dtype if dtype is None else dtype_name(dtype))
+        name = tiles.dtype if dtype is None else dtype_name(dtype)
+        choose("dtype", name, dict.fromkeys(VALUE_DTYPES, 0))
+        out = empty(tiles.bitmaps, tiles.shape, name)
     elif dtype is not None and dtype_name(dtype) != dtype_name(out):
         raise ValueError(f"dtype is {dtype_name(dtype)}; out has {dtype_name(out)}")
     _native.check(
@@ -201,10 +202,13 @@ def concat_tile64(parts: Sequence[Tile64]) -> Tile64:
         raise ValueError("there are no tiles to join")
     first = parts[0]
     for index, part in enumerate(parts):
+        check_tiles(f"part {index}", part)
         for name in ("kind", "bits", "head_dim", "dtype", "leading", "device"):
             if getattr(part, name) != getattr(first, name):
                 raise ValueError(f"part {index} has {name} {getattr(part, name)}; part 0 has {getattr(first, name)}")
-        if part is not parts[-1] and part.tokens % BLOCK_TOKENS:
+        if type(part.bitmaps) is not type(first.bitmaps):
+            raise TypeError(f"part {index} is of {type(part.bitmaps)}; part 0 of {type(first.bitmaps)}")
+        if index < len(parts) - 1 and part.tokens % BLOCK_TOKENS:
             raise ValueError(f"part {index} has {part.tokens} tokens; before the last part, they are a multiple of 64")
     return _join(parts)
 

@@ -5,14 +5,13 @@ Thin: tensors of a Tile64 are handed over one by one and put together again. Eag
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kvpack import attend, tiles
 from kvpack.arrays import dtype_name
-from kvpack.tile64 import TENSOR_NAMES, Tile64, TileKind
+from kvpack.ops import choose
+from kvpack.tile64 import KINDS, TENSOR_NAMES, Tile64, TileKind, check_tiles
 
 _KINDS: tuple[TileKind, TileKind] = ("key", "value")
 
@@ -118,7 +117,7 @@ def compress_tile64(
     channel_scores: Tensor | None = None,
 ) -> Tile64:
     """tiles.compress_tile64 as an operator. The payload has the largest size that may be needed, on the CPU too."""
-    made = _compress(x, _KINDS.index(kind), sparsity, bits, rule, channel_scores)
+    made = _compress(x, choose("kind", kind, KINDS), sparsity, bits, rule, channel_scores)
     name = str(x.dtype).removeprefix("torch.")
     return Tile64(kind, bits, x.shape[-2], x.shape[-1], name, tuple(x.shape[:-2]), *made)
 
@@ -131,12 +130,12 @@ def unpack_tile64(packed: Tile64, *, dtype: torch.dtype | None = None) -> Tensor
 
 def multiply_keys(keys: Tile64, q: Tensor) -> Tensor:
     """attend.multiply_keys as an operator."""
-    return _multiply(*_flat(keys), q)
+    return _multiply(*_flat(keys, "key"), q)
 
 
 def multiply_values(values: Tile64, p: Tensor) -> Tensor:
     """attend.multiply_values as an operator."""
-    return _multiply(*_flat(values), p)
+    return _multiply(*_flat(values, "value"), p)
 
 
 def attend_tile64(
@@ -151,12 +150,22 @@ def attend_tile64(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attend.attend_tile64 as an operator."""
-    if keys.tokens != values.tokens:
-        raise ValueError(f"keys hold {keys.tokens} tokens; values hold {values.tokens}")
-    parts: tuple[Any, ...] = (list(keys.tensors), list(values.tensors), list(recent or ()))
-    out, lse = _attend(q, *parts, keys.bits, values.bits, keys.tokens, scale, softcap, causal)
+    key_tensors, _, key_bits, *extents = _flat(keys, "key")
+    value_tensors, _, value_bits, *value_extents = _flat(values, "value")
+    # The operator takes these numbers once, so that only here a difference can be seen.
+    if extents != value_extents or extents[1] != q.shape[-1]:
+        raise ValueError(
+            f"keys have tokens and head_dim {extents}, values {value_extents}; q has head_dim {q.shape[-1]}"
+        )
+    attend.require_batch(q, keys, values)
+    pair = [] if recent is None else list(attend.pair_of(recent))
+    out, lse = _attend(q, key_tensors, value_tensors, pair, key_bits, value_bits, extents[0], scale, softcap, causal)
     return (out, lse) if return_lse else out
 
 
-def _flat(packed: Tile64) -> tuple[list[Tensor], int, int, int, int]:
-    return list(packed.tensors), _KINDS.index(packed.kind), packed.bits, packed.tokens, packed.head_dim
+def _flat(packed: Tile64, kind: TileKind | None = None) -> tuple[list[Tensor], int, int, int, int]:
+    """The operators' arguments, which carry no kind that could be checked later."""
+    check_tiles("tiles", packed)
+    if kind not in (None, packed.kind):
+        raise ValueError(f"tiles are of kind {packed.kind}; expected {kind}")
+    return list(packed.tensors), KINDS[packed.kind], packed.bits, packed.tokens, packed.head_dim

@@ -70,5 +70,5 @@ def test_tiles_of_the_operator_are_those_of_the_function_with_room_behind():
 def test_keys_and_values_of_different_lengths_are_refused():
     keys = kvpack.compress_tile64(K, "key", sparsity=0.7)
     values = kvpack.compress_tile64(V[:, :, :129], "value", sparsity=0.7)
-    with pytest.raises(ValueError, match="130 tokens.*129"):
+    with pytest.raises(ValueError, match="130.*129"):
         torch_ops.attend_tile64(Q, keys, values)
