@@ -5,8 +5,10 @@ The interfaces themselves are in kernel/, kernel_quant/, mustafar_package.py and
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ _CHECKED = "_kvpack_checked"
 
 def compress(x: torch.Tensor, kind: str, bits: int) -> Tile64:
     """Packs what is not zero of x [B, L, D]; the old kernels know whole blocks of 64 tokens only."""
+    require_tensors({"input": x})
     if x.ndim != 3:
         raise ValueError(f"input has shape {tuple(x.shape)}; expected [B, L, D]")
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -34,10 +37,14 @@ def as_halves(
     nz_offset: torch.Tensor, tokens: int, head_dim: int,
 ) -> Tile64:  # fmt: skip
     """The fp16 format; payload may be the list of convert_*_batched or its torch.cat."""
-    payload = payload if isinstance(payload, torch.Tensor) else torch.cat(list(payload))
+    parts = [payload] if isinstance(payload, torch.Tensor) or payload is None else list(payload)
+    if not parts:
+        raise ValueError("payload is an empty list; expected one tensor for every KV head")
+    require_tensors({f"payload[{index}]": part for index, part in enumerate(parts)})
+    payload = parts[0] if len(parts) == 1 else torch.cat(parts)
     none = payload.new_empty((0, 0), dtype=torch.float32)
     named = {"bitmaps": bitmaps, "offsets": offsets, "payload": payload, "nz_offset": nz_offset}
-    return _as_tiles(kind, 16, tokens, head_dim, named, none, none)
+    return _as_tiles(kind, 16, tokens, head_dim, {**named, "scales": none, "zeros": none}, parts)
 
 
 def as_codes(
@@ -46,9 +53,12 @@ def as_codes(
 ) -> Tile64:  # fmt: skip
     """The quantised format."""
     check_capacity(bit, capacity)
+    require_tensors({"packed": packed})
+    if packed.dtype != torch.int32:
+        raise ValueError(f"packed is {packed.dtype}; expected torch.int32, words of {capacity} codes")
     starts = packed.new_empty((0,), dtype=torch.int32)
     named = {"bitmaps": bitmaps, "tile_offsets": tile_offsets, "packed": packed, "starts": starts}
-    return _as_tiles(kind, bit, tokens, head_dim, named, scales, zeros)
+    return _as_tiles(kind, bit, tokens, head_dim, {**named, "scales": scales, "zeros": zeros}, [packed])
 
 
 def check_capacity(bit: int, capacity: int) -> None:
@@ -75,6 +85,7 @@ def multiply(
     groups: int,
 ) -> torch.Tensor:
     """product(tiles, x) for x [Batch_Size, n, width], in pieces of 16 rows."""
+    require_tensors({name: x})
     if x.ndim != 3 or x.shape[0] != batch_size or x.shape[2] != width:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [Batch_Size {batch_size}, n, {width}]")
     if groups < 1 or tiles.batches * groups != batch_size:
@@ -90,11 +101,18 @@ def multiply(
     return torch.cat([product(tiles, part) for part in x.split(QUERY_ROWS, dim=1)], dim=1)
 
 
+def require_tensors(named: dict[str, Any]) -> None:
+    """Refuses what is no torch tensor."""
+    for name, x in named.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch tensor, not {type(x).__name__}")
+
+
 def _as_tiles(
-    kind: str, bits: int, tokens: int, head_dim: int, named: dict[str, torch.Tensor], scales: torch.Tensor,
-    zeros: torch.Tensor,
-) -> Tile64:  # fmt: skip
-    named = {**named, "scales": scales, "zeros": zeros}
+    kind: str, bits: int, tokens: int, head_dim: int, named: dict[str, torch.Tensor], parts: list[torch.Tensor]
+) -> Tile64:
+    """Tiles of the six tensors, checked; parts are those that the caller gave as payload."""
+    require_tensors(named)
     bitmaps = named["bitmaps"]
     if tokens < 1 or tokens % 64:
         raise ValueError(f"L is {tokens}; it must be a positive multiple of 64")
@@ -112,12 +130,27 @@ def _as_tiles(
     # Views with gaps are copied: the formats are dense.
     tensors = [x.contiguous() for x in named.values()]
     tiles = Tile64(kind, bits, tokens, head_dim, dtype, (bitmaps.shape[0],), *tensors)
-    # The check stops a GPU, so the same tensors, unchanged, are checked once.
-    state = tuple((id(x), x._version) for x in named.values() if x.numel())
-    if getattr(bitmaps, _CHECKED, None) != state:
+    # The check stops a GPU, so the same tensors, unchanged and read in the same way, are checked once.
+    given = [x for x in named.values() if x is not payload and x.numel()] + parts
+    how = (bits, tokens, head_dim)
+    if not _is_checked(bitmaps, how, given):
         (_without_gaps(tiles) or tiles).validate()
-        setattr(bitmaps, _CHECKED, state)
+        setattr(bitmaps, _CHECKED, (how, [(weakref.ref(x), _version_of(x)) for x in given]))
     return tiles
+
+
+def _is_checked(bitmaps: torch.Tensor, how: tuple[int, ...], tensors: list[torch.Tensor]) -> bool:
+    checked_how, checked = getattr(bitmaps, _CHECKED, (None, []))
+    return (
+        checked_how == how
+        and len(checked) == len(tensors)
+        and all(ref() is x and version == _version_of(x) for (ref, version), x in zip(checked, tensors, strict=True))
+    )
+
+
+def _version_of(x: torch.Tensor) -> int:
+    """Counts changes in place; tensors made in inference mode do not, and are taken as unchanged."""
+    return 0 if x.is_inference() else x._version
 
 
 def _without_gaps(tiles: Tile64) -> Tile64 | None:

@@ -268,7 +268,35 @@ def test_tensors_changed_in_place_are_checked_again():
         call()
 
 
+def test_tensors_read_as_other_bits_or_made_anew_are_checked_again():
+    call = Call()
+    call()
+    call.bit, call.capacity = 1, 32
+    with pytest.raises(ValueError, match="batch 0, tile"):
+        call()
+    call.bit, call.capacity = 2, 16
+    call()
+    for _ in range(20):  # a new tensor may get the address of an old one
+        call.offsets = call.offsets.clone()
+        call()
+    call.offsets = torch.zeros_like(call.offsets)
+    with pytest.raises(ValueError, match="batch 0, tile 0"):
+        call()
+
+
+def test_tensors_of_inference_mode_are_taken():
+    with torch.inference_mode():
+        call = Call()
+        assert torch.equal(call(), call())
+
+
 def test_wrong_types_and_lengths_are_refused():
+    with pytest.raises(TypeError, match="input must be a torch tensor, not list"):
+        convert_key_batched([1.0])
+    call = Call()
+    call.packed = call.packed.view(torch.uint8)
+    with pytest.raises(ValueError, match="packed is torch.uint8; expected torch.int32"):
+        call()
     with pytest.raises(ValueError, match="L is 100"):
         convert_key_batched(torch.zeros(1, 100, 64).half())
     with pytest.raises(ValueError, match="float64"):
