@@ -90,11 +90,17 @@ class TileCache(Cache):
 
         Raises:
             RuntimeError: outside attend_tiles, where nothing could read the tiles.
+            NotImplementedError: float32 on a GPU, where attention on tiles takes 16-bit types; nothing is changed.
         """
         if not self.simulate and not is_attending(self._config):
             raise RuntimeError(
                 "a TileCache is read inside `with kvpack.attend_tiles(model):` only (and made from that model or its "
                 "very configuration object)"
+            )
+        if not self.simulate and key_states.is_cuda and key_states.dtype == torch.float32:
+            raise NotImplementedError(
+                f"layer {layer_idx} keys are float32 on {key_states.device}; on a GPU, attention on tiles exists for "
+                "float16 and bfloat16: load the model with dtype=torch.bfloat16, or call model.half()"
             )
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if seen_of(keys) is None:  # a layer of transformers: dense, and meant to be

@@ -269,6 +269,22 @@ def test_a_mask_that_is_not_causal_is_refused():
             model(ids[:, :1], attention_mask=mask, past_key_values=cache)
 
 
+def test_a_mask_that_was_causal_is_looked_at_again_when_it_or_the_cache_changes():
+    model, ids = make(), make_ids(1, 151)
+    mask = torch.ones(1, 1, 1, 151, dtype=torch.bool)
+    with torch.no_grad(), attend_tiles(model):
+        caches = [TileCache(model, POLICY) for _ in range(3)]
+        for cache in caches:
+            model(ids[:, :150], past_key_values=cache)
+        model(ids[:, :1], attention_mask=mask, past_key_values=caches[0])
+        model(ids[:, :1], attention_mask=mask, past_key_values=caches[1])
+        with pytest.raises(NotImplementedError, match=r"\(1, 1, 1, 151\) is not the causal one of 1 queries and 152"):
+            model(ids[:, :1], attention_mask=mask, past_key_values=caches[1])
+        mask[..., 9] = False
+        with pytest.raises(NotImplementedError, match="not the causal one of 1 queries and 151"):
+            model(ids[:, :1], attention_mask=mask, past_key_values=caches[2])
+
+
 def test_tiles_outside_the_context_and_the_context_without_tiles_are_refused():
     model, ids = make(), make_ids(1, 100)
     with pytest.raises(RuntimeError, match="attend_tiles"):

@@ -152,17 +152,21 @@ def _refuse_unknown(module: nn.Module, query: torch.Tensor, dropout: float, kwar
         raise NotImplementedError(f"{type(module).__name__} on tiles is not possible with {', '.join(given)}")
 
 
-_causal_mask: weakref.ref[torch.Tensor] | None = None
-"""The mask that was found causal last: all layers of a step get the same one, and looking at it stops a GPU."""
+_causal_mask: tuple[weakref.ref[torch.Tensor], tuple[int, ...]] | None = None
+"""The mask that was found causal last, and for what: all layers of a step get the same one, and looking at it stops a
+GPU."""
 
 
 def _require_causal(mask: Any, rows: int, tokens: int) -> None:
     """Refuses every mask but the plain causal one, which attend_seen applies itself."""
     global _causal_mask
-    if mask is None or (_causal_mask is not None and _causal_mask() is mask):
+    if mask is None:
         return
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         raise NotImplementedError(f"a cache in tiles needs a mask tensor or None, not {type(mask).__name__}")
+    how = (rows, tokens, 0 if mask.is_inference() else mask._version)
+    if _causal_mask is not None and _causal_mask[0]() is mask and _causal_mask[1] == how:
+        return
     visible = mask if mask.dtype == torch.bool else (mask == 0 if mask.ndim == 4 else mask != 0)
     expected = torch.ones(rows, tokens, dtype=torch.bool, device=mask.device).tril(tokens - rows)
     fits = tuple(mask.shape[-2:]) == (rows, tokens) if mask.ndim == 4 else mask.shape[-1] == tokens
@@ -171,4 +175,4 @@ def _require_causal(mask: Any, rows: int, tokens: int) -> None:
             f"the attention mask {tuple(mask.shape)} is not the causal one of {rows} queries and {tokens} keys: "
             f"{_NO_PADDING}"
         )
-    _causal_mask = weakref.ref(mask)
+    _causal_mask = (weakref.ref(mask), how)
