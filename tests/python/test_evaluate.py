@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_hand import SEQLEN, measure_by_hand
 from saved_models import MAX_POSITIONS, find_smollm2, save_tiny_model, write_words
 
 import kvpack
-from kvpack.evaluate import Request, bootstrap, evaluate, perplexity, prepare, results, run, texts
+from kvpack.evaluate import Request, evaluate, perplexity, prepare, results, run, texts
 from kvpack.evaluate.listener import Listener
 from kvpack.evaluate.perplexity import EvaluationError
 from kvpack.models import load
 from kvpack.models.hub import HubUnreachable
 
-SEQLEN, SEGMENTS = 24, 5
+SEGMENTS = 5
 
 
 class Recorder(Listener):
@@ -77,30 +78,6 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def measure(request: Request) -> tuple[dict[str, Any], Recorder]:
     heard = Recorder()
     return run(prepare(request, heard), heard), heard
-
-
-def measure_by_hand(folder: Path, text: str, policy: str | None) -> dict[str, list[float]]:
-    """The definitions of docs/numerics.md section 5, one segment and one position at a time."""
-    loaded = load.load_model(str(folder), device="cpu")
-    token_ids = loaded.tokenizer(text)["input_ids"]
-    found: dict[str, list[float]] = {"nll": [], "kl": [], "top1": []}
-    for start in range(0, len(token_ids) - SEQLEN + 1, SEQLEN):
-        tokens = torch.tensor([token_ids[start : start + SEQLEN]])
-        with torch.no_grad():
-            reference = loaded.model(input_ids=tokens).logits[0].double()
-            logits = reference
-            if policy is not None:
-                with kvpack.simulate(loaded.model, policy):
-                    logits = loaded.model(input_ids=tokens, use_cache=False).logits[0].double()
-        nll = kl = top1 = 0.0
-        for position in range(SEQLEN - 1):
-            p, q = reference[position].log_softmax(0), logits[position].log_softmax(0)
-            nll -= q[tokens[0, position + 1]].item()
-            kl += (p.exp() * (p - q)).sum().item()
-            top1 += float(reference[position].argmax() == logits[position].argmax())
-        for name, total in (("nll", nll), ("kl", kl), ("top1", top1)):
-            found[name].append(total / (SEQLEN - 1))
-    return found
 
 
 @pytest.mark.parametrize("policy", [None, "int3", "kivi-2", "mustafar-50"])
@@ -401,67 +378,6 @@ def test_nan_in_a_model_is_found_at_once_and_its_layer_named(model_folder: Path,
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EvaluationError, match="segment 1 of 5: .*not finite; layer 1 keys"):
         measure(request_for("int4", model=str(broken)))
-
-
-# ---- texts and intervals
-
-
-def test_pydoc_is_the_sorted_topics_joined_by_blank_lines() -> None:
-    from pydoc_data.topics import topics
-
-    text = texts.load_text("pydoc")
-    first, second = sorted(topics)[:2]
-    assert text.content.startswith(topics[first] + "\n\n" + topics[second])
-    assert text.sha256 == hashlib.sha256(text.content.encode()).hexdigest()
-
-
-def test_segments_do_not_overlap_and_the_tail_is_dropped() -> None:
-    cut = texts.cut_segments("t", np.arange(29), 7, 512)
-    assert cut.tolist() == [list(range(i, i + 7)) for i in (0, 7, 14, 21)]
-    assert len(texts.cut_segments("t", np.arange(28), 7, 3)) == 3
-    assert len(texts.cut_segments("t", np.arange(27), 7, 9)) == 3
-
-
-def test_hub_datasets_are_joined_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(texts, "require_on_hub", lambda kind, name: asked.append((kind, name)))
-    monkeypatch.setattr(texts, "_hub_rows", lambda source, *, offline: ["a", "", "b"])
-    assert texts.load_text("wikitext2").content == "a\n\n\n\nb"
-    assert texts.load_text("ptb").content == "a  b"
-    assert texts.load_text("c4").content == "a  b"
-    assert [name for _, name in asked] == ["Salesforce/wikitext", "ptb-text-only/ptb_text_only", "allenai/c4"]
-
-
-def test_the_interval_holds_the_difference_and_shrinks_when_segments_agree() -> None:
-    generator = np.random.default_rng(3)
-    reference = generator.normal(2.5, 0.5, 40)
-    constant = bootstrap.paired_interval(reference + 0.01, reference)
-    spread = bootstrap.paired_interval(reference + generator.normal(0.01, 0.05, 40), reference)
-    difference = bootstrap.perplexity(reference + 0.01) - bootstrap.perplexity(reference)
-    assert constant[0] < difference < constant[1]
-    assert constant[1] - constant[0] < (spread[1] - spread[0]) / 2
-    assert bootstrap.paired_interval(reference, reference) == (0.0, 0.0)
-    assert bootstrap.paired_interval(reference + 0.01, reference) == constant
-
-
-def test_the_interval_equals_a_plain_bootstrap_within_its_noise() -> None:
-    generator = np.random.default_rng(4)
-    reference = generator.normal(2.0, 0.4, 12)
-    nll = reference + generator.normal(0.05, 0.02, 12)
-    draws = [generator.integers(0, 12, 12) for _ in range(10_000)]
-    differences = [math.exp(nll[draw].mean()) - math.exp(reference[draw].mean()) for draw in draws]
-    np.testing.assert_allclose(
-        bootstrap.paired_interval(nll, reference), np.percentile(differences, [2.5, 97.5]), rtol=0.05
-    )
-
-
-def test_one_segment_has_no_interval_and_bad_shapes_are_refused() -> None:
-    assert bootstrap.paired_interval(np.array([2.0]), np.array([1.9])) is None
-    with pytest.raises(ValueError):
-        bootstrap.paired_interval(np.array([2.0, 2.1]), np.array([1.9]))
-    with pytest.raises(ValueError, match=r"shape \(0,\)"):
-        bootstrap.paired_interval(np.array([]), np.array([]))
 
 
 @pytest.mark.model
