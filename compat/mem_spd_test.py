@@ -150,6 +150,13 @@ def main() -> int:
     if options.prompt < BLOCK + options.window:
         print(f"--prompt is {options.prompt}; it must be at least {BLOCK + options.window}", file=sys.stderr)
         return 2
+    if options.steps < 1 or options.window < 0 or options.heads % options.kv_heads:
+        print(
+            f"--steps {options.steps} (at least 1), --window {options.window} (at least 0) and --heads {options.heads} "
+            f"(a multiple of --kv-heads {options.kv_heads}) do not fit",
+            file=sys.stderr,
+        )
+        return 2
     torch.manual_seed(0)
     for name, value in vars(options).items():
         print(f"{name:<12} {value}")

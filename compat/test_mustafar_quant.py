@@ -148,6 +148,10 @@ def main() -> int:
     print("=== parameters")
     for name, value in vars(options).items():
         print(f"{name:<16} {value}")
+    for name in ("batch", "heads", "kv_heads", "tokens", "rows", "iterations"):
+        if getattr(options, name) < 1:
+            print(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1", file=sys.stderr)
+            return 2
     if options.heads % options.kv_heads:
         print(f"--heads {options.heads} is no multiple of --kv-heads {options.kv_heads}", file=sys.stderr)
         return 2
