@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from kvpack.report import render_report, write_report
 from kvpack.report.labels import Box, place_labels
 from kvpack.report.rows import Row, pareto_policies
-from kvpack.report.wording import read_caveats, read_result, say
+from kvpack.report.wording import read_caveats, read_result, say, short_names
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; $\\frac{x}$ \u202e\x00\x1b[31m"
@@ -308,3 +308,9 @@ def test_the_file_is_replaced_whole_and_reads_as_utf8(tmp_path):
     write_report(results, str(path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text(encoding="utf-8") == render_report(results)
+
+
+def test_policies_that_are_cut_alike_keep_labels_of_their_own():
+    names = ["int4", "mustafar-70-q2+window32;layers0=fp16", "mustafar-70-q2+window32;layers1=fp16"]
+    short = short_names(names, 22)
+    assert short["int4"] == "int4" and len(set(short.values())) == 3 and max(map(len, short.values())) <= 22

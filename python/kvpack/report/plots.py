@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from kvpack.report.labels import Box, place_labels
 from kvpack.report.rows import Row, pareto_policies
 from kvpack.report.style import NUM_SERIES_COLOURS, Theme, marker_of
-from kvpack.report.wording import power_of_ten, visible
+from kvpack.report.wording import power_of_ten, short_names
 
 WIDTH = 360
 _TEXT = 11.5
@@ -219,7 +219,8 @@ def _draw_labels(
     """Writes each policy's name beside its point, with a thin line where it had to move away."""
     order = sorted(points, key=lambda p: (-len(p.policy), p.policy))
     style = {"fontsize": _TEXT - 0.5, "parse_math": False, "ha": "left", "va": "bottom", "zorder": 4}
-    texts = [axes.text(0, 0, visible(p.policy, _LABEL_LIMIT), **style) for p in order]
+    names = short_names(sorted(indices, key=indices.__getitem__), _LABEL_LIMIT)
+    texts = [axes.text(0, 0, names[p.policy], **style) for p in order]
     renderer = axes.figure.canvas.get_renderer()
     sizes = [(box.width, box.height * 0.85) for box in (text.get_window_extent(renderer) for text in texts)]
     anchors = [tuple(axes.transData.transform((p.bits, p.drawn))) for p in order]
@@ -248,7 +249,8 @@ def plot_layer_errors(rows: Sequence[Row], kind: str, indices: Mapping[str, int]
     series = _layer_series(rows, kind)
     if not series:
         return None
-    columns = 2 if max(len(visible(policy, _LABEL_LIMIT)) for policy, _ in series) > 14 else 3
+    names = short_names(sorted(indices, key=indices.__getitem__), _LABEL_LIMIT)
+    columns = 2 if max(len(names[policy]) for policy, _ in series) > 14 else 3
     legend_rows = math.ceil(len(series) / columns)
     figure, axes = _new_axes(height=270 + 17 * legend_rows, bottom=44 + 17 * legend_rows)
     axes.set_yscale("log")
@@ -268,7 +270,7 @@ def plot_layer_errors(rows: Sequence[Row], kind: str, indices: Mapping[str, int]
             markeredgecolor=theme["ground"],
             markeredgewidth=0.6,
             linestyle="-" if indices[policy] < NUM_SERIES_COLOURS else (0, (5, 2)),
-            label=visible(policy, _LABEL_LIMIT),
+            label=names[policy],
         )
     _log_ticks(axes.yaxis, *axes.get_ylim())
     axes.xaxis.get_major_locator().set_params(integer=True)

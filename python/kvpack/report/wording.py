@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kvpack.evaluate.bootstrap import ROUGH_BELOW
 from kvpack.report.rows import Row, pareto_policies
@@ -17,6 +17,16 @@ def visible(text: str, limit: int | None = None) -> str:
     """Text from outside, harmless to look at: control and direction characters become U+FFFD, length is bounded."""
     clean = "".join("\ufffd" if unicodedata.category(c) in _UNPRINTABLE else c for c in text)
     return clean if limit is None or len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def short_names(names: Collection[str], limit: int) -> dict[str, str]:
+    """Every name, cut to a limit; those that would then look alike get their number among them at the end."""
+    short = {name: visible(name, limit) for name in names}
+    for text in {text for text in short.values() if list(short.values()).count(text) > 1}:
+        alike = [name for name in short if short[name] == text]
+        for number, name in enumerate(alike, 1):
+            short[name] = f"{text[: limit - 1 - len(str(number))].rstrip('…')}…{number}"
+    return short
 
 
 def say(value: float | None, decimals: int = 3, *, sign: bool = False) -> str:
