@@ -1,15 +1,17 @@
-"""The command `kvpack`: options, exit codes and what is printed. What it does is in evaluate/ and doctor.py.
+"""The command `kvpack`: options, exit codes and what is printed. What it does: evaluate/, calibrate/, doctor.py.
 
 Exit codes: 0 done, 1 failed on the way, 2 bad input (said before minutes are spent), 130 and 143 interrupted.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ except ImportError as error:
     raise SystemExit(f"kvpack: the command line needs {error.name}: pip install 'kvpack[eval]'") from error
 
 if TYPE_CHECKING:
+    from kvpack.calibrate.plan import Request as CalibrationRequest
     from kvpack.evaluate.plan import Plan, Request
 
 FAILED, BAD_INPUT = 1, 2
@@ -129,7 +132,7 @@ def eval_command(
     request = Request(
         model=model,
         policies=tuple(policy or ()),
-        datasets=tuple(name.strip() for part in datasets or () for name in part.split(",") if name.strip()),
+        datasets=_split(datasets),
         text_files=tuple(text or ()),
         seqlen=seqlen,
         limit=limit,
@@ -199,6 +202,107 @@ def _print_outcome(output: Console, plan: Plan, *, profile: bool) -> None:
     for what, path in (("results", plan.json_path), ("report", plan.report_path)):
         if path is not None:
             output.print(f"{what}: {path}", markup=False, soft_wrap=True)
+
+
+@app.command("calibrate")
+def calibrate_command(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or name, or a GGUF file.", metavar="MODEL")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The file to write (safetensors).")],
+    text: Annotated[list[str] | None, typer.Option(help="A UTF-8 text file to calibrate on; once for each.")] = None,
+    datasets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="pydoc, wikitext2, ptb, c4, separated by commas; pydoc when neither this nor --text is given."
+        ),
+    ] = None,
+    nsamples: Annotated[int, typer.Option(help="Samples, over all texts together.")] = 16,
+    seqlen: Annotated[int, typer.Option(help="Tokens of a sample.")] = 2048,
+    bits: Annotated[str, typer.Option(help="Widths to fit codebooks for, out of 2, 3, 4, 5, 8.")] = "2,3,4",
+    outliers: Annotated[str, typer.Option(help="Share of each vector that thresholds leave outside.")] = "1%",
+    sink: Annotated[bool, typer.Option("--sink", help="Leave the first token of every sample out.")] = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="What errors weigh: fisher (gradients), query (forward passes only), none; auto is fisher where "
+            "gradients fit into memory, else query."
+        ),
+    ] = "auto",
+    compat: Annotated[
+        bool, typer.Option("--compat", help="Weigh errors in normalised units, as KVQuant does: without half ranges.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Decides which windows of the texts are drawn.")] = 0,
+    whole_text: Annotated[
+        bool, typer.Option("--whole-text", help="Draw from all of a text, not only from its first part.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="auto (float32 on the CPU, else the checkpoint's), float32, bfloat16, float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Fits codebooks and thresholds to MODEL, for policies that need them, and writes them to one file."""
+    from kvpack.terminal import make_console
+
+    errors = make_console(stderr=True)
+    with _one_message(errors, BAD_INPUT):
+        from kvpack.calibrate.plan import Request
+
+        request = Request(
+            model=model,
+            output=output,
+            text_files=tuple(text or ()),
+            datasets=_split(datasets),
+            nsamples=nsamples,
+            seqlen=seqlen,
+            bits=_parse_bits(bits),
+            outlier_fraction=_parse_share(outliers),
+            sink=int(sink),
+            weights=weights,
+            times_half_range=not compat,
+            seed=seed,
+            whole_text=whole_text,
+            resume=resume,
+            dtype=dtype,
+            device=device,
+        )
+    _calibrate(request, errors)
+
+
+def _calibrate(request: CalibrationRequest, errors: Console) -> None:
+    from kvpack.calibrate import prepare, run
+    from kvpack.terminal import ProgressDisplay, make_console, print_calibration
+
+    try:
+        with ProgressDisplay(errors) as display:
+            with _one_message(errors, BAD_INPUT):
+                plan = prepare(request, display)
+            with _one_message(errors, FAILED):
+                calibration = run(plan, display)
+    except Interrupted as interrupted:
+        kept = "what is finished is kept, and --resume goes on from there"
+        errors.print(f"kvpack: stopped by {interrupted}; {kept}", markup=False, soft_wrap=True)
+        raise typer.Exit(interrupted.exit_code) from interrupted
+    print_calibration(make_console(), calibration)
+
+
+def _split(given: list[str] | None) -> tuple[str, ...]:
+    """Names of repeated options that may also hold several with commas between."""
+    return tuple(name.strip() for part in given or () for name in part.split(",") if name.strip())
+
+
+def _parse_bits(text: str) -> tuple[int, ...]:
+    parts = _split([text])
+    if not all(re.fullmatch(r"\d{1,3}", part, re.ASCII) for part in parts):
+        raise ValueError(f"bits are {text!r}; expected numbers with commas between, as 2,3,4")
+    return tuple(map(int, parts))
+
+
+def _parse_share(text: str) -> float:
+    """A share as 1% or 0.5%, exactly the number that a policy's `+1%` is."""
+    match = re.fullmatch(r"(\d{1,2}(?:\.\d{1,9})?)\s*%", text.strip(), re.ASCII)
+    if match is None and text.strip() != "0":
+        raise ValueError(f"outliers are {text!r}; expected a share as 1% or 0.5%, from 0% to below 100%")
+    return float(Decimal(match[1]) / 100) if match else 0.0
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.text import Text
 
 from kvpack.evaluate.bootstrap import ROUGH_BELOW
 from kvpack.evaluate.listener import Listener
+
+if TYPE_CHECKING:
+    from kvpack.calibrate.calibration import Calibration
 
 _PLAIN_WIDTH = 120
 _NARROWEST = 80
@@ -82,6 +85,7 @@ class ProgressDisplay(Listener):
         )
         self._task: TaskID | None = None
         self._total = self._done = 0
+        self._unit = "forwards"
         self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> ProgressDisplay:
@@ -107,20 +111,23 @@ class ProgressDisplay(Listener):
         else:
             self._bar.update(self._task, description=text)
 
-    def begin(self, forwards: int) -> None:
+    def begin(self, forwards: int, unit: str = "forwards") -> None:
         """Starts to count."""
-        self._total, self._started = forwards, time.monotonic()
+        self._total, self._unit, self._started = forwards, unit, time.monotonic()
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task("", total=forwards)
 
     def segment(self, policy: str, dataset: str, segment: int, segments: int) -> None:
         """Shows where the run is."""
-        where = f"{policy} on {dataset}, segment {segment + 1} of {segments}"
+        self.step(f"{policy} on {dataset}, segment {segment + 1} of {segments}")
+
+    def step(self, text: str) -> None:
+        """Shows what starts now; in a log only every now and then."""
         if self._console.is_terminal:
-            self._bar.update(self._task, description=where)
+            self._bar.update(self._task, description=text)
         elif time.monotonic() - self._last_line > _LINE_EVERY_SECONDS:
-            self._line(f"{where}{self._time_left()}")
+            self._line(f"{text}{self._time_left()}")
 
     def advance(self, forwards: int) -> None:
         """Counts finished forwards."""
@@ -140,7 +147,24 @@ class ProgressDisplay(Listener):
         if not self._done or self._done >= self._total:
             return ""
         seconds = (time.monotonic() - self._started) / self._done * (self._total - self._done)
-        return f"; {self._done} of {self._total} forwards, about {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+        return f"; {self._done} of {self._total} {self._unit}, about {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+
+
+def print_calibration(console: Console, calibration: Calibration) -> None:
+    """Says what a calibration holds and on which texts it was made."""
+    header, model = calibration.header, calibration.model
+    weights = header["weights"] + (" times squared half range" if header["times_half_range"] else " (compat)")
+    rows = [
+        ("model", f"{header['model_name']}: {model.num_layers} layers, {model.kv_heads} KV heads of {model.head_dim}"),
+        ("codebooks", f"{', '.join(map(str, header['bits']))} bits, weights {weights}"),
+        ("outliers", f"{100 * header['outlier_fraction']:g} % of each vector, {header['sink']} first tokens left out"),
+        ("samples", f"{header['nsamples']} x {header['seqlen']} tokens, seed {header['seed']}, {header['dtype']}"),
+    ]
+    for text in header["texts"]:
+        first, last = text["tokens_used"]
+        seen = f"{text['samples']} samples in tokens {first} to {last - 1} of {text['tokens']}"
+        rows.append(("text", f"{text['name']} (sha256 {text['sha256'][:12]}): {seen}"))
+    print_table(console, ("calibration", calibration.name), rows)
 
 
 def print_results(console: Console, document: dict[str, Any]) -> None:

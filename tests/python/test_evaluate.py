@@ -38,7 +38,7 @@ class Recorder(Listener):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def begin(self, forwards: int) -> None:
+    def begin(self, forwards: int, unit: str = "forwards") -> None:
         self.expected = forwards
 
     def advance(self, forwards: int) -> None:

@@ -12,17 +12,22 @@ Made by `kvpack calibrate MODEL -o FILE`, or here:
     lower, upper = calibration.thresholds(layer=0, kind="key")           # float32 [channels] each, of float16 values
     scale, offset = calibration.norm(layer=0, kind="key", bits=3)        # Q-Norm of that codebook
 
-Layers are the model's own numbers, kinds are "key" (output of k_proj, before RoPE) and "value" (output of v_proj), channels
-those of all KV heads of a layer. Centroids are in normalised units: keys by the range of their channel (the thresholds), values
-by the range of their token. A layer, kind or bit width that the file lacks is a ValueError that names it and what there is.
-`calibration.header` says how the file was made (docs/calibration.md), `calibration.outlier_fraction` which share of each
-vector its thresholds leave outside, `calibration.sink` how many first tokens it left out; `calibration.used_tokens(sha256)`
-says which tokens of a text it has seen, so that nobody measures on them.
+Layers are the model's own numbers; kinds are "key" (output of k_proj, before RoPE) and "value" (output of v_proj);
+channels are those of all KV heads of a layer. Centroids are in normalised units: keys by the range of their channel
+(the thresholds), values by the range of their token. A layer, kind or bit width that the file lacks is a
+CalibrationError (a ValueError) that names it and what there is. `calibration.require(bits)` asks for all at once, before
+weights are loaded.
 
-Who does what: files.py reads and writes, fingerprint.py tells models apart, plan.py checks a request, collect.py runs the
-model, spool.py keeps what it saw on disk, fit.py turns that into codebooks, run.py goes through all of it.
+`calibration.header` says how the file was made (docs/calibration.md); `.outlier_fraction` is the share of each vector
+that its thresholds leave outside, `.sink` how many first tokens of a sample it left out; `.used_tokens(sha256)` says
+which tokens of a text it has seen, so that nobody measures on them.
+
+Who does what: files.py reads and writes, fingerprint.py tells models apart, plan.py checks a request, collect.py runs
+the model, spool.py keeps what it saw on disk, fit.py turns that into codebooks, run.py goes through all of it.
 """
 
 from kvpack.calibrate.calibration import Calibration, CalibrationError
+from kvpack.calibrate.plan import Plan, Request, prepare
+from kvpack.calibrate.run import calibrate, run
 
-__all__ = ["Calibration", "CalibrationError"]
+__all__ = ["Calibration", "CalibrationError", "Plan", "Request", "calibrate", "prepare", "run"]

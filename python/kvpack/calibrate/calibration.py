@@ -61,7 +61,8 @@ class Calibration:
         """Checks the numbers; the fields of the header are those of files.check_header.
 
         Raises:
-            CalibrationError: shapes, values that are not finite, centroids that do not ascend; layer and kind are named.
+            CalibrationError: shapes, values that are not finite, centroids that do not ascend; layer and kind are
+                named.
         """
         self.header = header
         self.parts = dict(parts)
@@ -173,6 +174,16 @@ class Calibration:
             CalibrationError: the message shows both sides of everything that differs.
         """
         self.check_fingerprint(ModelFingerprint.of(model))
+        from kvpack.models.layers import find_attention_layers
+
+        for layer in find_attention_layers(model):
+            for kind, name in zip(KINDS, ("k_proj", "v_proj"), strict=True):
+                found = getattr(getattr(layer.module, name), "out_features", None)
+                if found is not None and found != self._part(layer.index, kind).channels:
+                    raise CalibrationError(
+                        f"{self.name} has {self._part(layer.index, kind).channels} channels for the {kind}s of layer "
+                        f"{layer.index}; the model has {found}"
+                    )
 
     def check_fingerprint(self, found: ModelFingerprint) -> None:
         """As check_model, for a fingerprint taken before."""

@@ -1,4 +1,4 @@
-"""Calibration files: safetensors with one versioned JSON header, hostile until header, names, shapes and numbers are checked.
+"""Calibration files: safetensors with a versioned JSON header, hostile until names, shapes and numbers are checked.
 
 Never a pickle: reading one runs whatever code its author put there. Tensors of a file, for layer 3 and 2 bits:
 `layers.3.key.lower`, `.upper` float16 [channels], `.codebook2` float32 [4], `.norm2` float32 [2]; the same for `value`.
@@ -86,6 +86,29 @@ def part_tensors(part: LayerCalibration, prefix: str) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
+def part_to_bytes(part: LayerCalibration) -> bytes:
+    """One layer and kind as the bytes of a safetensors file of its own, for an unfinished calibration."""
+    from safetensors.numpy import save
+
+    return save(part_tensors(part, "part"))
+
+
+def part_from_bytes(content: bytes, bits: list[int], name: str) -> LayerCalibration:
+    """Reads what part_to_bytes wrote.
+
+    Raises:
+        CalibrationError: it is torn.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(content)
+        return _part_of(tensors.__getitem__, "part", bits)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CalibrationError(f"{name} is damaged: {error}; run without --resume") from error
+
+
 def load_calibration(path: str | Path) -> Calibration:
     """Reads and checks a file; Calibration.load says how.
 
@@ -101,7 +124,11 @@ def load_calibration(path: str | Path) -> Calibration:
             header = read_header(file.metadata() or {})
             layers = sorted(header["layers"])
             _check_tensors(file, header)
-            parts = {(layer, kind): _read_part(file, layer, kind, header["bits"]) for layer in layers for kind in KINDS}
+            parts = {
+                (layer, kind): _part_of(file.get_tensor, _prefix(layer, kind), header["bits"])
+                for layer in layers
+                for kind in KINDS
+            }
         return Calibration(header, parts, str(path))
     except CalibrationError as error:
         raise CalibrationError(f"{path} is no calibration: {str(error).removeprefix(f'{path}: ')}") from error
@@ -271,13 +298,12 @@ def _check_tensors(file: Any, header: dict[str, Any]) -> None:
             raise CalibrationError(f"{name} is {found_shape} {found_dtype}; expected {shape or '[channels]'} {dtype}")
 
 
-def _read_part(file: Any, layer: int, kind: Kind, bits: list[int]) -> LayerCalibration:
-    prefix = _prefix(layer, kind)
+def _part_of(read: Callable[[str], np.ndarray], prefix: str, bits: list[int]) -> LayerCalibration:
     return LayerCalibration(
-        lower=file.get_tensor(f"{prefix}.lower"),
-        upper=file.get_tensor(f"{prefix}.upper"),
-        codebooks={width: file.get_tensor(f"{prefix}.codebook{width}") for width in bits},
-        norms={width: file.get_tensor(f"{prefix}.norm{width}") for width in bits},
+        lower=read(f"{prefix}.lower"),
+        upper=read(f"{prefix}.upper"),
+        codebooks={width: read(f"{prefix}.codebook{width}") for width in bits},
+        norms={width: read(f"{prefix}.norm{width}") for width in bits},
     )
 
 

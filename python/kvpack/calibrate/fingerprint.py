@@ -1,7 +1,7 @@
 """Tells models apart: by the shape of their KV cache and by the signs of some of their weights.
 
-Signs, since they survive every change of type: a model loaded in float32, float16 or bfloat16 is the same model. Unlike the
-fingerprint of files in kvpack.models.load, this one needs the model itself and no file.
+Signs, since they survive every change of type: a model loaded in float32, float16 or bfloat16 is the same model. Unlike
+the fingerprint of files in kvpack.models.load, this one needs the model itself and no file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 _SIGN_ROWS = 64
-"""Rows of every k_proj and v_proj whose signs are hashed: millions of signs in a billion weights, read in milliseconds."""
+"""Rows of every k_proj and v_proj whose signs are hashed: millions in a billion weights, read in milliseconds."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,14 @@ class Listener:
     def stage(self, text: str) -> None:
         """What goes on now, before the first forward."""
 
-    def begin(self, forwards: int) -> None:
-        """About this many forwards are to come."""
+    def begin(self, forwards: int, unit: str = "forwards") -> None:
+        """About this many forwards (or other units of work) are to come."""
 
     def segment(self, policy: str, dataset: str, segment: int, segments: int) -> None:
         """One segment starts, counted from 0."""
+
+    def step(self, text: str) -> None:
+        """One unit of work starts that is no segment of an evaluation."""
 
     def advance(self, forwards: int) -> None:
         """So many more forwards are done."""

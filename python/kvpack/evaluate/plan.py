@@ -114,7 +114,7 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
         texts.check_dataset_name(name)
     json_path, report_path, existing = _checked_outputs(request, listener)
     with clock(seconds, "loading"):
-        own_texts = _read_files(request.text_files)
+        own_texts = texts.read_text_files(request.text_files)
         listener.stage("looking for the model")
         device = load.choose_device(request.device)
         files = load.open_model(request.model)
@@ -174,16 +174,6 @@ def _checked_outputs(request: Request, listener: Listener) -> tuple[Path | None,
     if existing is None and request.resume:
         listener.note(f"nothing to resume: {json_path} does not exist yet")
     return json_path, report_path, existing
-
-
-def _read_files(paths: tuple[str, ...]) -> list[texts.Text]:
-    read = {}
-    for path in dict.fromkeys(paths):
-        text = texts.read_text_file(path)
-        if text.name in read:
-            raise ValueError(f"two text files are called {text.name.removeprefix('text:')}; rename one of them")
-        read[text.name] = text
-    return list(read.values())
 
 
 def _cut(

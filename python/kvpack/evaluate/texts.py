@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,21 @@ def read_text_file(path: str | Path) -> Text:
         raise TextError(
             f"text file {path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
         ) from error
+
+
+def read_text_files(paths: Iterable[str | Path]) -> list[Text]:
+    """Reads several files as read_text_file does, each once.
+
+    Raises:
+        TextError: as read_text_file; also two files of the same name in different folders.
+    """
+    read: dict[str, Text] = {}
+    for path in dict.fromkeys(paths):
+        text = read_text_file(path)
+        if text.name in read:
+            raise TextError(f"two text files are called {text.name.removeprefix('text:')}; rename one of them")
+        read[text.name] = text
+    return list(read.values())
 
 
 def tokenize(text: Text, tokenizer: Any) -> np.ndarray:

@@ -1,0 +1,214 @@
+"""What a calibration was asked to do, and every check that needs no weights, cheapest first. The work is run.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvpack.calibrate.calibration import CODEBOOK_BITS, Calibration, CalibrationError
+from kvpack.calibrate.files import SCHEMA, VERSION, WEIGHTINGS
+from kvpack.calibrate.samples import choose_samples, share_samples
+from kvpack.calibrate.spool import Spool, partial_path
+from kvpack.evaluate import results, texts
+from kvpack.evaluate.listener import Listener
+from kvpack.methods import check_choice, check_int
+from kvpack.models import load
+
+AUTO = "auto"
+"""Fisher weights where a backward pass fits into memory, else query weights."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to calibrate. Field by field as the options of `kvpack calibrate`.
+
+    Attributes:
+        model: folder, GGUF file or name on the hub.
+        output: the file to write.
+        text_files: UTF-8 files.
+        datasets: names of texts.list_datasets; pydoc when this and text_files are empty.
+        nsamples: windows, over all texts together.
+        seqlen: tokens of a window.
+        bits: widths of codebooks, out of CODEBOOK_BITS.
+        outlier_fraction: share of each vector outside the thresholds, half at each end.
+        sink: this many first tokens of every sample are left out.
+        weights: auto, fisher, query or none: what an element's squared error weighs.
+        times_half_range: weigh errors as they come back; False is what published tools do (`--compat`).
+        seed: decides which windows are drawn, and which query meets which key.
+        whole_text: draw windows from all of a text instead of its first part.
+        resume: go on with what an interrupted run left.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu or cuda.
+    """
+
+    model: str
+    output: str | Path
+    text_files: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    nsamples: int = 16
+    seqlen: int = 2048
+    bits: tuple[int, ...] = (2, 3, 4)
+    outlier_fraction: float = 0.01
+    sink: int = 0
+    weights: str = AUTO
+    times_half_range: bool = True
+    seed: int = 0
+    whole_text: bool = False
+    resume: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class Plan:
+    """A request that has passed every check, and what was read on the way.
+
+    Attributes:
+        request: as given.
+        files, tokenizer, dtype, device: the model but for its weights.
+        samples: int64 [nsamples, seqlen].
+        header: of the file to be, but for what the weights say (`model`, `layers`, and `weights` where it is auto).
+        output: where the file goes.
+        finished: the file that is there already and needs nothing more; only with resume.
+        spool: what an interrupted run left; only with resume.
+    """
+
+    request: Request
+    files: load.ModelFiles
+    tokenizer: Any
+    dtype: str
+    device: str
+    samples: np.ndarray
+    header: dict[str, Any]
+    output: Path
+    finished: Calibration | None
+    spool: Spool | None
+
+
+def prepare(request: Request, listener: Listener | None = None) -> Plan:
+    """Checks a request and reads everything but the weights.
+
+    Raises:
+        ValueError: bad input; the message shows both values or what to do instead.
+    """
+    listener = listener or Listener()
+    bits = _check_numbers(request)
+    names = list(dict.fromkeys(request.datasets)) or ([] if request.text_files else ["pydoc"])
+    for name in names:
+        texts.check_dataset_name(name)
+    output, existing = _checked_output(request, listener)
+    own_texts = texts.read_text_files(request.text_files)
+    listener.stage("looking for the model")
+    device = load.choose_device(request.device)
+    files = load.open_model(request.model)
+    dtype = load.choose_dtype(request.dtype, device, files)
+    if files.max_positions is not None and request.seqlen > files.max_positions:
+        raise ValueError(f"seqlen is {request.seqlen}; {files.name} has {files.max_positions} positions")
+    listener.stage("reading the texts")
+    all_texts = [texts.load_text(name) for name in names] + own_texts
+    listener.stage("loading the tokenizer")
+    tokenizer = load.load_tokenizer(files)
+    listener.stage("tokenising")
+    samples, described = _draw(all_texts, tokenizer, request)
+    header = _header(request, files, bits, dtype, device, described)
+    plan = Plan(request, files, tokenizer, dtype, device, samples, header, output, None, None)
+    if request.resume:
+        _resume(plan, existing, listener)
+    return plan
+
+
+def _check_numbers(request: Request) -> list[int]:
+    """Returns the widths in order, each once."""
+    check_int("nsamples", request.nsamples, 1, 2**20)
+    check_int("seqlen", request.seqlen, 2, 2**24)
+    check_int("seed", request.seed, 0, 2**63 - 1)
+    check_int("sink", request.sink, 0, request.seqlen - 1)
+    check_choice("weights", request.weights, (AUTO, *WEIGHTINGS))
+    check_choice("dtype", request.dtype, load.DTYPES)
+    check_choice("device", request.device, load.DEVICES)
+    if not request.bits:
+        raise ValueError(f"no bits given; a codebook has {', '.join(map(str, CODEBOOK_BITS))} bits")
+    for bits in request.bits:
+        check_choice("bits", bits, CODEBOOK_BITS)
+    fraction = request.outlier_fraction
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
+        raise ValueError(f"outlier_fraction is {fraction!r}; it is at least 0 and below 1 (0 % to 100 %)")
+    return sorted(set(request.bits))
+
+
+def _checked_output(request: Request, listener: Listener) -> tuple[Path, Calibration | None]:
+    """The path, and the calibration that lies there."""
+    output = results.check_writable(request.output, "calibration")
+    existing = None
+    if output.exists() and output.stat().st_size:
+        try:
+            existing = Calibration.load(output)
+        except CalibrationError as error:
+            raise CalibrationError(f"{error}. Not overwritten: give another -o FILE, or delete it") from error
+    unfinished = partial_path(output)
+    if unfinished.exists() and not request.resume:
+        listener.note(f"{unfinished} of an interrupted run will be replaced; --resume would go on from it")
+    return output, existing
+
+
+def _draw(all_texts: list[texts.Text], tokenizer: Any, request: Request) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    drawn, described = [], []
+    counts = share_samples(request.nsamples, len(all_texts))
+    if 0 in counts:
+        raise ValueError(f"nsamples is {request.nsamples}; {len(all_texts)} texts need at least one each")
+    for number, (text, count) in enumerate(zip(all_texts, counts, strict=True)):
+        token_ids = texts.tokenize(text, tokenizer)
+        samples = choose_samples(
+            text.name, token_ids, count, request.seqlen, (request.seed, number), whole_text=request.whole_text
+        )
+        drawn.append(samples.tokens)
+        described.append(
+            {
+                "name": text.name,
+                "sha256": text.sha256,
+                "tokens": len(token_ids),
+                "samples": count,
+                "tokens_used": list(samples.used),
+            }
+        )
+    return np.concatenate(drawn), described
+
+
+def _header(
+    request: Request, files: load.ModelFiles, bits: list[int], dtype: str, device: str, described: list[dict[str, Any]]
+) -> dict[str, Any]:
+    import kvpack
+
+    header = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "kvpack": kvpack.__version__,
+        "model_name": files.name,
+        "bits": bits,
+        "outlier_fraction": float(request.outlier_fraction),
+        "sink": request.sink,
+        "times_half_range": request.times_half_range,
+        "nsamples": request.nsamples,
+        "seqlen": request.seqlen,
+        "seed": request.seed,
+        "dtype": dtype,
+        "device": device,
+        "texts": described,
+    }
+    return header if request.weights == AUTO else header | {"weights": request.weights}
+
+
+def _resume(plan: Plan, existing: Calibration | None, listener: Listener) -> None:
+    """Finds out what there is to go on with."""
+    folder = partial_path(plan.output)
+    if folder.is_dir():
+        plan.spool = Spool.reopen(folder)
+        plan.spool.check_settings(plan.header)
+        listener.note(f"resuming {folder}: {plan.spool.samples_done} of {plan.request.nsamples} samples are done")
+    elif existing is not None and all(existing.header[name] == value for name, value in plan.header.items()):
+        plan.finished = existing
+    else:
+        listener.note(f"nothing to resume: {folder} does not exist")

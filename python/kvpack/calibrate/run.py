@@ -1,0 +1,180 @@
+"""Calibrates what a plan asks for: all samples through the model, then layer by layer from disk to codebooks.
+
+One forward pass per sample serves all layers, whose keys and values wait in the spool: passes over the model cost
+minutes, the disk seconds. Memory holds the model and one layer's keys or values. Prints nothing: a listener hears what
+happens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvpack.calibrate.calibration import Calibration, LayerCalibration
+from kvpack.calibrate.fingerprint import ModelFingerprint
+from kvpack.calibrate.plan import AUTO, Plan, Request, prepare
+from kvpack.evaluate.listener import Listener
+from kvpack.evaluate.machine import available_memory_bytes
+from kvpack.methods import Kind
+from kvpack.models import load
+
+if TYPE_CHECKING:
+    from kvpack.calibrate.collect import Collector
+    from kvpack.calibrate.spool import Spool
+
+_MEMORY_SHARE = 0.8
+"""Of what is available; what a backward pass takes is only estimated."""
+
+
+def run(plan: Plan, listener: Listener | None = None) -> Calibration:
+    """Calibrates, keeping every sample and every layer on disk as soon as it is done, and writes the file.
+
+    Raises:
+        CollectError: the model's keys, values or gradients are not finite; the layer is named.
+        ValueError: the weights cannot be loaded, the disk is too small or cannot be written, another model to resume.
+        NotImplementedError: the model's keys and values cannot be reached.
+    """
+    from kvpack.calibrate.spool import Spool
+
+    listener = listener or Listener()
+    if plan.finished is not None:
+        listener.note(f"{plan.output} is finished already")
+        return plan.finished
+    listener.stage(f"loading {plan.files.name} in {plan.dtype} on {plan.device}")
+    loaded = load.load_weights(plan.files, plan.tokenizer, dtype=plan.dtype, device=plan.device)
+    header = _complete_header(plan, loaded, listener)
+    if plan.spool is None:
+        _check_disk(plan, loaded, header)
+        spool = Spool.create(_partial(plan), header)
+    else:
+        spool = plan.spool
+        spool.check_settings(header)
+    parts = _calibrate(plan, loaded.model, spool, header, listener)
+    calibration = Calibration(header, parts, str(plan.output))
+    calibration.save(plan.output)
+    spool.remove()
+    return calibration
+
+
+def _partial(plan: Plan) -> Path:
+    from kvpack.calibrate.spool import partial_path
+
+    return partial_path(plan.output)
+
+
+def _complete_header(plan: Plan, loaded: load.LoadedModel, listener: Listener) -> dict[str, Any]:
+    from kvpack.models.layers import find_attention_layers
+
+    layers = [layer.index for layer in find_attention_layers(loaded.model)]
+    header = {**plan.header, "model": ModelFingerprint.of(loaded.model).to_json(), "layers": layers}
+    if plan.request.weights == AUTO:
+        header["weights"] = (
+            _choose_weights(plan, loaded, listener) if plan.spool is None else plan.spool.settings["weights"]
+        )
+    return header
+
+
+def _choose_weights(plan: Plan, loaded: load.LoadedModel, listener: Listener) -> str:
+    from kvpack.calibrate.collect import backward_bytes
+
+    needed = backward_bytes(loaded.model.config, plan.request.seqlen, loaded.model.dtype)
+    available = available_memory_bytes(plan.device)
+    if needed <= _MEMORY_SHARE * available:
+        return "fisher"
+    listener.note(
+        f"query weights instead of fisher: gradients take about {needed / 2**30:.0f} GiB, and "
+        f"{available / 2**30:.0f} GiB are free (--weights fisher tries it anyway)"
+    )
+    return "query"
+
+
+def _check_disk(plan: Plan, loaded: load.LoadedModel, header: dict[str, Any]) -> None:
+    from kvpack.calibrate.spool import check_free_space
+
+    rows = plan.request.nsamples * (plan.request.seqlen - plan.request.sink)
+    channels = loaded.kv_heads * loaded.head_dim * 2 * len(header["layers"])
+    copies = 2 if header["weights"] == "fisher" else 1
+    check_free_space(plan.output.resolve().parent, rows * channels * copies * loaded.model.dtype.itemsize)
+
+
+def _calibrate(
+    plan: Plan, model: Any, spool: Spool, header: dict[str, Any], listener: Listener
+) -> dict[tuple[int, Kind], LayerCalibration]:
+    from kvpack.calibrate.collect import Collector
+    from kvpack.calibrate.spool import layers_and_kinds
+
+    todo = list(layers_and_kinds(header["layers"]))
+    parts = {part: spool.load_fitted(*part) for part in todo}
+    pending = [part for part in todo if parts[part] is None]
+    listener.begin(plan.request.nsamples - spool.samples_done + len(pending), "steps")
+    with Collector(model, header["weights"], sink=header["sink"], seed=header["seed"]) as collector:
+        _collect(plan, collector, spool, listener)
+    for layer, kind in pending:
+        listener.step(f"layer {layer} {kind}s")
+        parts[layer, kind] = _fit(layer, kind, model, spool, header)
+        spool.save_fitted(layer, kind, parts[layer, kind])
+        listener.advance(1)
+    return parts  # type: ignore[return-value]
+
+
+def _collect(plan: Plan, collector: Collector, spool: Spool, listener: Listener) -> None:
+    import torch
+
+    for sample in range(spool.samples_done, plan.request.nsamples):
+        listener.step(f"sample {sample + 1} of {plan.request.nsamples}")
+        tokens = torch.from_numpy(plan.samples[sample]).to(plan.device)
+
+        def write(layer: int, kind: Kind, what: Any, rows: torch.Tensor, sample: int = sample) -> None:
+            spool.write_rows(layer, kind, what, sample, rows)
+
+        collector.run(tokens, sample, write)
+        spool.finish_sample(sample)
+        listener.advance(1)
+
+
+def _fit(layer: int, kind: Kind, model: Any, spool: Spool, header: dict[str, Any]) -> LayerCalibration:
+    import torch
+
+    from kvpack.calibrate.fit import FitOptions, fit_layer
+
+    options = FitOptions(tuple(header["bits"]), header["outlier_fraction"], header["times_half_range"])
+    dtype = getattr(torch, header["dtype"])
+    gradients = channel_weights = None
+    if header["weights"] == "fisher":
+        gradients = spool.read_rows(layer, kind, "gradients", dtype)
+    elif header["weights"] == "query":
+        channel_weights = _query_weights(layer, kind, model, spool)
+    states = spool.read_rows(layer, kind, "states", dtype)
+    try:
+        return fit_layer(states, kind, options, gradients=gradients, channel_weights=channel_weights)
+    except ValueError as error:
+        raise ValueError(f"layer {layer} {kind}s: {error}") from error
+
+
+def _query_weights(layer: int, kind: Kind, model: Any, spool: Spool) -> np.ndarray:
+    import torch
+
+    from kvpack.calibrate.collect import value_weights
+    from kvpack.models.layers import find_attention_layers
+
+    if kind == "key":
+        return spool.read_rows(layer, kind, "squares", torch.float64).mean(dim=0).numpy()
+    found = next(found for found in find_attention_layers(model) if found.index == layer)
+    return value_weights(found).numpy()
+
+
+def calibrate(model: str, output: str | Path, **options: Any) -> Calibration:
+    """Calibrates a model and writes the file: prepare, then run.
+
+    Args:
+        model: folder, GGUF file or name on the Hugging Face hub.
+        output: the file.
+        **options: the other fields of Request.
+
+    Raises:
+        ValueError: from prepare and run.
+        CollectError: from run.
+    """
+    return run(prepare(Request(model, output, **options)))
