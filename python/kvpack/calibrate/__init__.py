@@ -15,8 +15,8 @@ Made by `kvpack calibrate MODEL -o FILE`, or here:
 Layers are the model's own numbers; kinds are "key" (output of k_proj, before RoPE) and "value" (output of v_proj);
 channels are those of all KV heads of a layer. Centroids are in normalised units: keys by the range of their channel
 (the thresholds), values by the range of their token. A layer, kind or bit width that the file lacks is a
-CalibrationError (a ValueError) that names it and what there is. `calibration.require(bits)` asks for all at once, before
-weights are loaded.
+CalibrationError (a ValueError) that names it and what there is. `calibration.require(bits)` asks for all at once,
+before weights are loaded.
 
 `calibration.header` says how the file was made (docs/calibration.md); `.outlier_fraction` is the share of each vector
 that its thresholds leave outside, `.sink` how many first tokens of a sample it left out; `.used_tokens(sha256)` says

@@ -159,9 +159,9 @@ class _ProjectionHook:
 class _QueryWeights:
     """E[q~_c^2] of one layer's keys: what an error in channel c of k_proj's output does to a score, squared.
 
-    A score is q . k' with q after RoPE and k' = f(k), f being RoPE and, where a model has one, the norm of keys. So q~ is
-    the gradient of the score with respect to k: q turned back by the key's own rotation. It reaches no further than f:
-    the weights of the model, other layers and the loss play no part.
+    A score is q . k' with q after RoPE and k' = f(k), f being RoPE and, where a model has one, the norm of keys. So q~
+    is the gradient of the score with respect to k: q turned back by the key's own rotation. It reaches no further than
+    f: the weights of the model, other layers and the loss play no part.
     """
 
     def __init__(self, collector: Collector, layer: AttentionLayer) -> None:

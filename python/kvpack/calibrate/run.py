@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _MEMORY_SHARE = 0.8
 """Of what is available; what a backward pass takes is only estimated."""
+_SAMPLE_STEPS = 10
+"""A forward pass takes about as long as so many fits of one layer's keys or values (SmolLM2-135M, 2 cores); for the time
+that is left. With its backward pass three times that."""
 
 
 def run(plan: Plan, listener: Listener | None = None) -> Calibration:
@@ -36,7 +39,7 @@ def run(plan: Plan, listener: Listener | None = None) -> Calibration:
         ValueError: the weights cannot be loaded, the disk is too small or cannot be written, another model to resume.
         NotImplementedError: the model's keys and values cannot be reached.
     """
-    from kvpack.calibrate.spool import Spool
+    from kvpack.calibrate.spool import Spool, partial_path
 
     listener = listener or Listener()
     if plan.finished is not None:
@@ -47,7 +50,7 @@ def run(plan: Plan, listener: Listener | None = None) -> Calibration:
     header = _complete_header(plan, loaded, listener)
     if plan.spool is None:
         _check_disk(plan, loaded, header)
-        spool = Spool.create(_partial(plan), header)
+        spool = Spool.create(partial_path(plan.output), header)
     else:
         spool = plan.spool
         spool.check_settings(header)
@@ -56,12 +59,6 @@ def run(plan: Plan, listener: Listener | None = None) -> Calibration:
     calibration.save(plan.output)
     spool.remove()
     return calibration
-
-
-def _partial(plan: Plan) -> Path:
-    from kvpack.calibrate.spool import partial_path
-
-    return partial_path(plan.output)
 
 
 def _complete_header(plan: Plan, loaded: load.LoadedModel, listener: Listener) -> dict[str, Any]:
@@ -108,9 +105,10 @@ def _calibrate(
     todo = list(layers_and_kinds(header["layers"]))
     parts = {part: spool.load_fitted(*part) for part in todo}
     pending = [part for part in todo if parts[part] is None]
-    listener.begin(plan.request.nsamples - spool.samples_done + len(pending), "steps")
+    per_sample = _SAMPLE_STEPS * (3 if header["weights"] == "fisher" else 1)
+    listener.begin((plan.request.nsamples - spool.samples_done) * per_sample + len(pending), "steps")
     with Collector(model, header["weights"], sink=header["sink"], seed=header["seed"]) as collector:
-        _collect(plan, collector, spool, listener)
+        _collect(plan, collector, spool, listener, per_sample)
     for layer, kind in pending:
         listener.step(f"layer {layer} {kind}s")
         parts[layer, kind] = _fit(layer, kind, model, spool, header)
@@ -119,7 +117,7 @@ def _calibrate(
     return parts  # type: ignore[return-value]
 
 
-def _collect(plan: Plan, collector: Collector, spool: Spool, listener: Listener) -> None:
+def _collect(plan: Plan, collector: Collector, spool: Spool, listener: Listener, per_sample: int) -> None:
     import torch
 
     for sample in range(spool.samples_done, plan.request.nsamples):
@@ -131,7 +129,7 @@ def _collect(plan: Plan, collector: Collector, spool: Spool, listener: Listener)
 
         collector.run(tokens, sample, write)
         spool.finish_sample(sample)
-        listener.advance(1)
+        listener.advance(per_sample)
 
 
 def _fit(layer: int, kind: Kind, model: Any, spool: Spool, header: dict[str, Any]) -> LayerCalibration:
