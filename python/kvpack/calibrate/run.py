@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _MEMORY_SHARE = 0.8
 """Of what is available; what a backward pass takes is only estimated."""
 _SAMPLE_STEPS = 10
-"""A forward pass takes about as long as so many fits of one layer's keys or values (SmolLM2-135M, 2 cores); for the time
-that is left. With its backward pass three times that."""
+"""A forward pass takes about as long as so many fits of one layer's keys or values (SmolLM2-135M, 2 cores): for the
+time that is left. With its backward pass three times that."""
 
 
 def run(plan: Plan, listener: Listener | None = None) -> Calibration:
