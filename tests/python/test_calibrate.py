@@ -1,9 +1,8 @@
-"""Calibrating tiny models: against plain numpy and torch, the same for a seed, after a kill too, and every refusal."""
+"""The whole calibration of a tiny model: the same for a seed, after a kill too, every refusal, and the command."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -18,22 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from saved_models import find_smollm2, save_tiny_model, write_words
-from tiny_models import FAMILIES, make_ids, make_model
+from tiny_models import make_model
 from typer.testing import CliRunner
 
-from kvpack import codebook_ops
 from kvpack.calibrate import Calibration, CalibrationError, Request, calibrate, prepare, run
-from kvpack.calibrate.collect import CollectError, Collector, value_weights
-from kvpack.calibrate.fingerprint import ModelFingerprint
-from kvpack.calibrate.fit import FitOptions, fit_codebook, fit_layer
-from kvpack.calibrate.samples import choose_samples, share_samples
+from kvpack.calibrate.collect import Collector, value_weights
+from kvpack.calibrate.fit import FitOptions, fit_layer
 from kvpack.calibrate.spool import partial_path
 from kvpack.cli import app
 from kvpack.evaluate.listener import Listener
-from kvpack.evaluate.texts import TextError
 from kvpack.models.layers import find_attention_layers
 
 SEQLEN, SAMPLES = 24, 5
@@ -67,270 +60,6 @@ def request_for(model_folder: Path, words: Path, tmp_path: Path) -> Any:
         return dataclasses.replace(default, **changes)
 
     return make
-
-
-def collect(model: torch.nn.Module, weights: str, ids: torch.Tensor, sink: int = 0, seed: int = 0) -> dict:
-    """(layer, kind, what) -> rows of one sample."""
-    found: dict = {}
-
-    def write(layer: int, kind: str, what: str, rows: torch.Tensor) -> None:
-        assert (layer, kind, what) not in found
-        found[layer, kind, what] = rows.clone()
-
-    with Collector(model, weights, sink=sink, seed=seed) as collector:
-        collector.run(ids, 0, write)
-    return found
-
-
-# What is collected
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_keys_before_rope_and_values_are_those_of_the_projections(family: str, weights: str) -> None:
-    model, ids = make_model(family), make_ids(1, 30)[0]
-    outputs = {}
-    hooks = [
-        getattr(layer.module, name).register_forward_hook(
-            lambda module, args, output, key=(layer.index, kind): outputs.update({key: output.detach()[0]})
-        )
-        for layer in find_attention_layers(model)
-        for kind, name in (("key", "k_proj"), ("value", "v_proj"))
-    ]
-    with torch.no_grad():
-        model(ids[None])
-    for hook in hooks:
-        hook.remove()
-    found = collect(model, weights, ids, sink=2)
-    for (layer, kind), output in outputs.items():
-        torch.testing.assert_close(found[layer, kind, "states"], output[2:], rtol=0, atol=1e-5)
-    assert all(rows.shape[0] in (28, 1) for rows in found.values())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_the_summed_loss(family: str) -> None:
-    model, ids = make_model(family), make_ids(1, 20)[0]
-    found = collect(model, "fisher", ids)
-    layer = find_attention_layers(model)[1]
-
-    def loss_with(change: torch.Tensor, name: str) -> float:
-        hook = getattr(layer.module, name).register_forward_hook(lambda module, args, output: output + change)
-        with torch.no_grad():
-            logits = model(ids[None]).logits[0, :-1].double()
-        hook.remove()
-        return float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
-
-    # Norms compute in float32 whatever the model's type, so steps must be wide.
-    model = model.double()
-    for kind, name in (("key", "k_proj"), ("value", "v_proj")):
-        gradient = found[1, kind, "gradients"]
-        step = torch.zeros(1, 20, gradient.shape[1], dtype=torch.float64)
-        for place in gradient.abs().flatten().topk(3).indices.tolist():
-            token, channel = divmod(place, gradient.shape[1])
-            step.zero_()[0, token, channel] = 1e-3
-            slope = (loss_with(step, name) - loss_with(-step, name)) / 2e-3
-            assert slope == pytest.approx(float(gradient[token, channel]), rel=0.02)
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_model_is_left_as_it_was(weights: str) -> None:
-    model, ids = make_model("Llama"), make_ids(1, 20)[0]
-    with torch.no_grad():
-        before = model(ids[None]).logits
-    model.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
-    trained = [parameter.requires_grad for parameter in model.parameters()]
-    collect(model, weights, ids)
-    assert [parameter.requires_grad for parameter in model.parameters()] == trained
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
-    assert not any(module._forward_hooks for module in model.modules())
-    with torch.no_grad():
-        assert torch.equal(model(ids[None]).logits, before)
-
-
-def test_query_weights_are_squared_queries_turned_back_by_the_rotation_of_their_key() -> None:
-    model, ids = make_model("Llama", head_dim=8), make_ids(1, 40)[0]
-    layer = find_attention_layers(model)[0]
-    rotary = model.model.rotary_emb
-    hidden: dict = {}
-    layer.module.register_forward_pre_hook(
-        lambda m, args, kwargs: hidden.update(x=kwargs["hidden_states"]), with_kwargs=True
-    )
-    drawn: list = []
-
-    class Watching(Collector):
-        def draw_queries(self, layer: int, tokens: int, window: int | None) -> np.ndarray:
-            drawn.append(super().draw_queries(layer, tokens, window))
-            return drawn[-1]
-
-    found: dict = {}
-    with Watching(model, "query", sink=1, seed=3) as collector:
-        collector.run(ids, 0, lambda layer, kind, what, rows: found.update({(layer, kind, what): rows.clone()}))
-    assert (drawn[0] >= np.arange(40)).all() and drawn[0].max() < 40 and (drawn[0] != drawn[1]).any()
-    with torch.no_grad():
-        query = layer.module.q_proj(hidden["x"]).view(40, 4, 8).transpose(0, 1).double()
-        cos, sin = (part[0].double() for part in rotary(hidden["x"], torch.arange(40)[None]))
-
-        def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-            return x * cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin
-
-        turned = turn(turn(query, cos, sin)[:, torch.from_numpy(drawn[0])], cos, -sin)[:, 1:]
-    expected = turned.square().sum(dim=1).view(2, 2, 8).sum(dim=1).flatten()
-    torch.testing.assert_close(found[0, "key", "squares"][0], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_queries_stay_inside_a_sliding_window() -> None:
-    with Collector(make_model("Llama"), "query", sink=0, seed=0) as collector:
-        drawn = collector.draw_queries(0, 500, 7)
-    ahead = drawn - np.arange(500)
-    assert ahead.min() == 0 and ahead.max() == 6 and drawn.max() < 500
-
-
-def test_value_weights_are_the_columns_that_read_a_channel() -> None:
-    layer = find_attention_layers(make_model("Llama"))[0]
-    columns = layer.module.o_proj.weight.detach().double()
-    weights = value_weights(layer)
-    for head, channel in itertools.product(range(2), range(16)):
-        read_by = [(2 * head + member) * 16 + channel for member in range(2)]
-        assert float(weights[16 * head + channel]) == pytest.approx(float(columns[:, read_by].square().sum()))
-
-
-def test_values_that_are_not_finite_name_their_layer() -> None:
-    model = make_model("Llama")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[3] = float("nan")
-    with pytest.raises(CollectError, match="layer 1 values: states of sample 0 are not finite in torch.float32"):
-        collect(model, "none", make_ids(1, 10)[0])
-    with torch.no_grad():
-        model(make_ids(1, 10))  # no hook is left behind
-
-
-# From rows to codebooks
-
-
-def keys(tokens: int = 700, channels: int = 12, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, channels, generator=generator) ** 3 * torch.arange(1, channels + 1) + 3
-
-
-def cost(points: np.ndarray, weights: np.ndarray, codebook: np.ndarray) -> float:
-    return float((weights * np.square(points[:, None] - codebook.astype(np.float64)).min(axis=1)).sum())
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.1])
-def test_thresholds_are_quantiles_of_channels_rounded_to_float16(share: float) -> None:
-    x = keys()
-    for kind in ("key", "value"):
-        part = fit_layer(x, kind, FitOptions((2,), share, True))
-        for end, quantile in ((part.lower, share / 2), (part.upper, 1 - share / 2)):
-            np.testing.assert_array_equal(end, np.quantile(x.double().numpy(), quantile, axis=0).astype(np.float16))
-
-
-@pytest.mark.parametrize("kind", ["key", "value"])
-@pytest.mark.parametrize("times_half_range", [True, False])
-@pytest.mark.parametrize("weighting", ["none", "gradients", "channels"])
-def test_a_codebook_is_the_best_one_for_the_weighted_normalised_values(kind, times_half_range, weighting) -> None:
-    x, rng = keys(channels=24), np.random.default_rng(1)
-    gradients = torch.from_numpy(rng.normal(size=x.shape).astype(np.float32)) * x.abs()
-    channel_weights = rng.uniform(0, 2, 24)
-    given = {"gradients": {"gradients": gradients}, "channels": {"channel_weights": channel_weights}, "none": {}}
-    part = fit_layer(x, kind, FitOptions((2, 3), 0.1, times_half_range), **given[weighting])
-    y = x.double().numpy()
-    if kind == "key":
-        lower, upper = (end.astype(np.float64)[None] for end in (part.lower, part.upper))
-    else:
-        lower, upper = (np.quantile(y, q, axis=1)[:, None] for q in (0.05, 0.95))
-    half = (upper - lower) / 2 + 0 * y
-    points = (y - (upper + lower) / 2) / half
-    weights = {"none": 1, "gradients": gradients.double().numpy() ** 2, "channels": channel_weights[None]}[weighting]
-    weights = weights * (half**2 if times_half_range else np.ones_like(half))
-    inside = np.abs(points) <= 1
-    points, weights = points[inside], weights[inside]
-    for bits in (2, 3):
-        codebook = part.codebooks[bits]
-        best = codebook_ops.calibrate_codebook(points, 2**bits, weights).centroids
-        # Bins are 1/2048 wide, so the best codebook of a histogram is as good as that of the values but for a trace.
-        assert cost(points, weights, codebook) <= 1.001 * cost(points, weights, best) + 1e-12
-        scale, offset = part.norms[bits]
-        rounded = codebook.astype(np.float64)[np.abs(points[:, None] - codebook).argmin(axis=1)] * scale + offset
-        assert rounded.mean() == pytest.approx(points.mean(), abs=1e-3)
-        assert rounded.std() == pytest.approx(points.std(), rel=1e-2)
-
-
-def test_rows_are_fitted_alike_in_every_floating_type() -> None:
-    exact = keys().bfloat16()
-    parts = [
-        fit_layer(exact.to(dtype), "key", FitOptions((3,), 0.01, True)) for dtype in (torch.bfloat16, torch.float32)
-    ]
-    np.testing.assert_array_equal(parts[0].codebooks[3], parts[1].codebooks[3])
-    np.testing.assert_array_equal(parts[0].upper, parts[1].upper)
-
-
-def test_constant_and_empty_channels_have_no_part_in_a_codebook() -> None:
-    x = keys()
-    padded = torch.cat((torch.zeros(700, 1), x, torch.full((700, 2), 7.0)), dim=1)
-    alone, beside = (fit_layer(rows, "key", FitOptions((2, 3, 8), 0.01, True)) for rows in (x, padded))
-    for bits in (2, 3, 8):
-        np.testing.assert_array_equal(alone.codebooks[bits], beside.codebooks[bits])
-    assert (beside.lower[[0, -1]] == [0, 7]).all() and (beside.upper[[0, -1]] == [0, 7]).all()
-
-
-@pytest.mark.parametrize("kind", ["key", "value"])
-@pytest.mark.parametrize("rows", [torch.zeros(9, 6), torch.full((1, 6), -2.5), torch.eye(4)])
-def test_too_few_values_still_make_codebooks_that_can_be_used(kind: str, rows: torch.Tensor) -> None:
-    part = fit_layer(rows, kind, FitOptions((2, 3, 4, 5, 8), 0.0, True), gradients=torch.zeros_like(rows))
-    for bits, codebook in part.codebooks.items():
-        assert codebook.shape == (2**bits,) and (np.diff(codebook) > 0).all() and np.abs(codebook).max() <= 1
-        assert np.isfinite(part.norms[bits]).all()
-
-
-@given(values=st.lists(st.floats(-1, 1, width=32), max_size=9), levels=st.sampled_from([4, 8, 32, 256]))
-@settings(max_examples=150, deadline=None)
-def test_every_histogram_has_a_codebook_of_distinct_centroids(values: list[float], levels: int) -> None:
-    histogram = codebook_ops.Histogram()
-    if values:
-        x = np.float32(values)[:, None]
-        codebook_ops.accumulate_histogram(histogram, x, np.float32([-1]), np.float32([1]))
-    codebook = fit_codebook(histogram, levels)
-    assert codebook.dtype == np.float32 and len(codebook) == levels
-    assert (np.diff(codebook) > 0).all() and codebook[0] >= -1 and codebook[-1] <= 1
-
-
-def test_thresholds_beyond_float16_are_refused_with_the_channel() -> None:
-    x = keys()
-    x[:, 5] *= 1e5
-    with pytest.raises(CalibrationError, match="channel 5 .* float16"):
-        fit_layer(x, "key", FitOptions((2,), 0.01, True))
-
-
-# Which tokens
-
-
-def test_samples_come_from_the_first_quarter_or_as_much_as_they_need() -> None:
-    tokens = np.arange(8000)
-    for seed in range(20):
-        few = choose_samples("t", tokens, 5, 100, (seed, 0), whole_text=False)
-        assert few.tokens.shape == (5, 100) and few.used[1] <= 2000
-        assert (few.tokens == few.tokens[:, :1] + np.arange(100)).all() and (np.diff(few.tokens[:, 0]) >= 100).all()
-        assert few.used == (few.tokens[0, 0], few.tokens[-1, -1] + 1)
-    assert choose_samples("t", tokens, 30, 100, (0, 0), whole_text=False).used == (0, 3000)
-    assert choose_samples("t", tokens, 80, 100, (0, 0), whole_text=True).used == (0, 8000)
-    drawn = {choose_samples("t", tokens, 5, 100, (seed, 0), whole_text=False).used for seed in range(20)}
-    assert len(drawn) > 1
-
-
-def test_fewer_samples_than_asked_is_an_error_with_both_numbers() -> None:
-    with pytest.raises(TextError, match=r"8000 tokens.*first half \(--whole-text.*40 samples of 100; 41 are"):
-        choose_samples("t", np.arange(8000), 41, 100, (0, 0), whole_text=False)
-    with pytest.raises(TextError, match=r"it holds 80 samples of 100; 81"):
-        choose_samples("t", np.arange(8000), 81, 100, (0, 0), whole_text=True)
-
-
-def test_samples_are_shared_among_texts() -> None:
-    assert share_samples(16, 1) == [16] and share_samples(7, 3) == [3, 2, 2] and share_samples(1, 2) == [1, 0]
-
-
-# The whole run
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -569,22 +298,6 @@ def test_the_built_in_text_is_the_default_and_its_second_half_stays_unseen(reque
     assert text["name"] == "pydoc" and 0 <= text["tokens_used"][0] < text["tokens_used"][1] <= text["tokens"] // 2
 
 
-# Which model
-
-
-def test_a_fingerprint_survives_types_and_tells_weights_apart() -> None:
-    found = {
-        str(dtype): ModelFingerprint.of(make_model("Llama").to(dtype)) for dtype in (torch.float32, torch.bfloat16)
-    }
-    assert len(set(found.values())) == 1
-    (fingerprint,) = set(found.values())
-    assert (fingerprint.num_layers, fingerprint.kv_heads, fingerprint.head_dim) == (2, 2, 16)
-    changed = make_model("Llama")
-    with torch.no_grad():
-        changed.model.layers[1].self_attn.v_proj.weight[3, 5] *= -1
-    assert ModelFingerprint.of(changed) != fingerprint
-
-
 def test_a_calibration_of_another_model_is_refused_with_both_values(request_for: Any) -> None:
     calibration = run(prepare(request_for(weights="none")))
     with pytest.raises(CalibrationError) as caught:
@@ -592,9 +305,6 @@ def test_a_calibration_of_another_model_is_refused_with_both_values(request_for:
     message = str(caught.value)
     assert "architecture is LlamaForCausalLM in the file and Qwen2ForCausalLM in the model" in message
     assert "num_layers is 3 in the file and 2 in the model" in message and message.count("signs-sha256:") == 2
-
-
-# The command
 
 
 def invoke(*arguments: object) -> Any:
