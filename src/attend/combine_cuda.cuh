@@ -52,8 +52,7 @@ struct QuerySums {
 
 template <typename T>
 __device__ inline const T* recent_row(const DenseMatrices& matrices, std::int64_t batch, std::int64_t token) {
-  return static_cast<const T*>(matrices.data) + batch / matrices.heads * matrices.sequence_stride +
-         batch % matrices.heads * matrices.head_stride + token * matrices.token_stride;
+  return static_cast<const T*>(matrices.data) + matrices.row_start(batch, token);
 }
 
 /// Logits of up to kRecentChunk recent tokens in units of log2, a warp a token.
@@ -103,6 +102,11 @@ __device__ inline void attend_recent(const CombineParams& params, std::int64_t b
 }
 
 /// One query column of one batch: out = sums of all splits and the recent window, divided by their weight.
+///
+///   logits are in units of log2     largest   weight   channel 0      with origin 5
+///   split 0 of two                        3        2           8      factor 1/4:  0.5    2
+///   split 1                               5        1           6      factor 1:    1      6     out = 8 / 1.5
+///
 ///   Launch    grid (columns, batches), 128 threads
 ///   Work      a thread holds channels t and t + 128
 ///   Reads     partial sums; recent keys and values once per query column

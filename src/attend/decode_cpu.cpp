@@ -14,7 +14,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/with_type.h"
-#include "isa/expand_table.h"
+#include "formats/tile64/bounds.h"
 
 #define KVPACK_SIMD_VBMI2
 #define KVPACK_SIMD_SOURCE "attend/decode_cpu.h"

@@ -21,7 +21,7 @@ inline constexpr std::int64_t kExpandedFloats = kTileElements * kTileElements;
 template <typename Survivor>
 void multiply_64_tiles(const Tile64Data& tiles, std::int64_t batch, std::int64_t first, std::int64_t count,
                        const Columns& columns, std::int64_t num_columns, float* expanded, DType rounding,
-                       OutsideTile& outside) {
+                       tile64::OutsideTile& outside) {
   const TileReader<Survivor> reader(tiles, batch, rounding, outside);
   reader.prefetch(first + kTileElements);
 #if KVPACK_ISA_LANES == 16
@@ -87,7 +87,8 @@ std::int64_t even_tokens(std::int64_t first, std::int64_t end) {
 
 /// Scores of the 64 tokens from `token` on, in token order, for columns of q [columns][head_dim].
 void score_block(const Tile64Data& keys, const TileProduct& product, std::int64_t batch, std::int64_t token,
-                 const float* q, std::int64_t num_columns, float* scores, float* expanded, OutsideTile& outside) {
+                 const float* q, std::int64_t num_columns, float* scores, float* expanded,
+                 tile64::OutsideTile& outside) {
   std::fill_n(scores, num_columns * kTileElements, 0.0f);
   const std::int64_t first = token / kTileElements * keys.head_dim;
   for (std::int64_t channel = 0; channel < keys.head_dim; channel += kTileElements) {
@@ -100,7 +101,7 @@ void score_block(const Tile64Data& keys, const TileProduct& product, std::int64_
 /// sums [columns][head_dim] += weights [columns][64] * values of the tokens [token, end), in the order of the tiles' lanes.
 void add_block(const Tile64Data& values, const TileProduct& product, std::int64_t batch, std::int64_t token,
                std::int64_t end, const float* weights, std::int64_t num_columns, float* sums, float* expanded,
-               OutsideTile& outside) {
+               tile64::OutsideTile& outside) {
   const std::int64_t first = token / kTileElements * values.head_dim;
   for (std::int64_t channel = 0; channel < values.head_dim; channel += kTileElements) {
     product.multiply(values, batch, first + channel, even_tokens(token, end),
@@ -113,8 +114,10 @@ void order_sums(const TileProduct& product, float* sums, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += kTileElements) product.order(sums + i);
 }
 
-void multiply_keys(const MultiplyTile64Problem& problem, OutsideTile& outside) {
+void multiply_keys(const MultiplyTile64Problem& problem, tile64::OutsideTile& outside) {
   const Tile64Data& keys = problem.tiles;
+  // Tasks write scores as they go; the other operations hold their sums back until every tile was read.
+  tile64::require_inside(keys, "keys");
   const std::int64_t columns = problem.group * problem.rows;
   const Splits splits(keys.batches, columns, keys.tokens, 0);
   const TileProduct product = product_of(keys, problem.dtype);
@@ -139,7 +142,7 @@ void multiply_keys(const MultiplyTile64Problem& problem, OutsideTile& outside) {
   parallel_for(splits.tasks(), multiply_share);
 }
 
-void multiply_values(const MultiplyTile64Problem& problem, OutsideTile& outside) {
+void multiply_values(const MultiplyTile64Problem& problem, tile64::OutsideTile& outside) {
   const Tile64Data& values = problem.tiles;
   const std::int64_t columns = problem.group * problem.rows;
   const std::int64_t head_dim = values.head_dim;
@@ -163,6 +166,7 @@ void multiply_values(const MultiplyTile64Problem& problem, OutsideTile& outside)
     order_sums(product, sums, width * head_dim);
   };
   parallel_for(splits.tasks(), multiply_share);
+  outside.require_none(values, "values");
   auto add_splits = [&](std::int64_t row) {
     float* sums = thread_scratch(head_dim);
     std::fill_n(sums, head_dim, 0.0f);
@@ -186,11 +190,6 @@ struct TaskMemory {
   float* q;         // [columns][head_dim]
 };
 
-/// Address of token `token` of batch `batch`, as an element number.
-std::int64_t dense_place(const DenseMatrices& x, std::int64_t batch, std::int64_t token) {
-  return batch / x.heads * x.sequence_stride + batch % x.heads * x.head_stride + token * x.token_stride;
-}
-
 /// Recent tokens that a row sees.
 std::int64_t visible_tokens(const AttendTile64Problem& problem, std::int64_t column) {
   if (problem.masking == Masking::kNone) return problem.recent_tokens;
@@ -211,8 +210,8 @@ void attend_recent_block(const AttendTile64Problem& problem, const Share& share,
   const DenseMatrices& keys = problem.recent_keys;
   const DenseMatrices& values = problem.recent_values;
   for (std::int64_t t = 0; t < tokens; ++t) {
-    load_columns(keys.data, keys.dtype, dense_place(keys, share.batch, token + t), 0, head_dim, 1, 1.0f,
-                 memory.expanded, 0);
+    load_columns(keys.data, keys.dtype, keys.row_start(share.batch, token + t), 0, head_dim, 1, 1.0f, memory.expanded,
+                 0);
     for (std::int64_t n = 0; n < share.num_columns; ++n) {
       memory.scores[n * kTileElements + t] = dot(memory.q + n * head_dim, memory.expanded, head_dim);
     }
@@ -224,7 +223,7 @@ void attend_recent_block(const AttendTile64Problem& problem, const Share& share,
   const std::int64_t count = tokens + tokens % 2;
   for (std::int64_t channel = 0; channel < head_dim; channel += kTileElements) {
     if (count != tokens) std::fill_n(memory.expanded + tokens * kTileElements, kTileElements, 0.0f);
-    load_columns(values.data, values.dtype, dense_place(values, share.batch, token) + channel, values.token_stride,
+    load_columns(values.data, values.dtype, values.row_start(share.batch, token) + channel, values.token_stride,
                  kTileElements, tokens, 1.0f, memory.expanded, kTileElements);
     multiply_tiles(memory.expanded, count, {memory.scores, kTileElements, sums + channel, head_dim}, share.num_columns);
   }
@@ -261,14 +260,9 @@ void combine_splits(const AttendTile64Problem& problem, const Splits& splits, co
 }  // namespace
 
 void multiply_tile64(const MultiplyTile64Problem& problem) {
-  OutsideTile outside;
-  if (problem.tiles.kind == CacheKind::kKey) {
-    multiply_keys(problem, outside);
-    outside.require_none(problem.tiles, "keys");
-  } else {
-    multiply_values(problem, outside);
-    outside.require_none(problem.tiles, "values");
-  }
+  tile64::OutsideTile outside;
+  if (problem.tiles.kind == CacheKind::kKey) return multiply_keys(problem, outside);
+  multiply_values(problem, outside);
 }
 
 void attend_tile64(const AttendTile64Problem& problem) {
@@ -277,8 +271,8 @@ void attend_tile64(const AttendTile64Problem& problem) {
   const Splits splits(problem.keys.batches, columns, problem.keys.tokens, problem.recent_tokens);
   const TileProduct key_product = product_of(problem.keys, problem.dtype);
   const TileProduct value_product = product_of(problem.values, problem.dtype);
-  OutsideTile outside_keys;
-  OutsideTile outside_values;
+  tile64::OutsideTile outside_keys;
+  tile64::OutsideTile outside_values;
   static_assert(sizeof(ColumnState) == 2 * sizeof(float));
   float* partials = thread_scratch(splits.partials() * (head_dim + 2), Scratch::kCall);
   auto* all_states = reinterpret_cast<ColumnState*>(partials + splits.partials() * head_dim);

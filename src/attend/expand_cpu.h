@@ -11,11 +11,11 @@
 namespace kvpack::KVPACK_ISA {
 namespace {
 
-/// The tiles of one batch as the loop below reads them.
+/// The tiles of one batch as the loop below reads them. One that lies outside the payload is noted and reads as zeros.
 template <typename Survivor>
 class TileReader {
  public:
-  TileReader(const Tile64Data& tiles, std::int64_t batch, DType rounding, OutsideTile& outside)
+  TileReader(const Tile64Data& tiles, std::int64_t batch, DType rounding, tile64::OutsideTile& outside)
       : tiles_(tiles),
         batch_(batch),
         outside_(outside),
@@ -29,7 +29,6 @@ class TileReader {
     } else {
       base_ = tiles.starts[batch];
     }
-    constexpr std::int64_t kElementBytes = Survivor::kHasGrid ? 4 : 2;
     last_whole_ = tiles.payload_capacity * kElementBytes - Survivor::kReadBytes;
   }
 
@@ -84,24 +83,35 @@ class TileReader {
   }
 
  private:
+  static constexpr std::int64_t kElementBytes = Survivor::kHasGrid ? 4 : 2;
+
   /// Byte of the payload that an offset stands for.
   [[nodiscard]] std::int64_t byte_of(std::int32_t offset) const {
     if constexpr (Survivor::kHasGrid) return std::int64_t{4} * offset;
     return 2 * tile64_f16::first_half(base_, offset);
   }
 
+  /// Tiles near the payload's end: an expansion may read on in a copy.
   [[gnu::noinline]] void expand_copies(std::int64_t first, const std::uint64_t* masks, float* out) const {
     for (std::int64_t t = 0; t < kTileElements; ++t) {
-      std::byte buffer[Survivor::kReadBytes];
+      std::byte buffer[Survivor::kReadBytes] = {};
       std::uint64_t mask = masks[t];
-      copy_tile(tiles_, batch_, first + t, &mask, buffer, Survivor::kReadBytes, outside_);
+      const tile64::PayloadRange range = tile64::payload_range(tiles_, batch_, first + t);
+      if (!tile64::is_inside(tiles_, range)) {
+        outside_.note(batch_ * tiles_.tiles + first + t);
+        mask = 0;
+      }
+      if (mask != 0) {
+        std::memcpy(buffer, payload_ + range.first * kElementBytes,
+                    static_cast<std::size_t>((range.end - range.first) * kElementBytes));
+      }
       expand(Survivor{}, mask, buffer, grid_of(first + t), out + t * kTileElements);
     }
   }
 
   const Tile64Data& tiles_;
   std::int64_t batch_;
-  OutsideTile& outside_;
+  tile64::OutsideTile& outside_;
   RoundedGrid rounding_;
   const std::uint64_t* bitmaps_;
   const std::int32_t* offsets_;

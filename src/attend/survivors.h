@@ -1,8 +1,7 @@
-// How the CPU's attention reads survivors: one tag per payload, and where a tile's bytes are. Compiled for no special
+// What the CPU's attention calls survivors: one tag per payload, and how values are rounded. Compiled for no special
 // instruction set.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -67,23 +66,5 @@ auto with_survivor(const Tile64Data& tiles, Body&& body) {
       throw InternalError("with_survivor was given tiles of unknown bits");
   }
 }
-
-/// The first tile of a call whose survivors lie outside the payload. Tasks note it, the calling thread throws.
-class OutsideTile {
- public:
-  /// Keeps the lowest tile, so that every run names the same one.
-  void note(std::int64_t batch, std::int64_t tile, std::int64_t tiles) noexcept;
-  /// Throws InvalidArgument if a tile was noted. `name` is "keys" or "values".
-  void require_none(const Tile64Data& tiles, const char* name) const;
-
- private:
-  static constexpr std::int64_t kNone = INT64_MAX;
-  std::atomic<std::int64_t> first_{kNone};  // batch * tiles + tile
-};
-
-/// A tile near the payload's end, or outside it: copies its survivors to `buffer` of kReadBytes and zeros behind them, so
-/// that an expansion may read on. A tile outside is noted and comes back as zeros with an empty mask.
-void copy_tile(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile, std::uint64_t* mask, std::byte* buffer,
-               std::int64_t buffer_bytes, OutsideTile& outside);
 
 }  // namespace kvpack

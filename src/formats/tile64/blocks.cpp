@@ -1,8 +1,6 @@
-// Blocks of tiles on the CPU: the two passes of compressing, and what unpacking checks first. No SIMD here.
+// Blocks of tiles on the CPU: the two passes of compressing, and the one of unpacking. No SIMD here.
 #include "formats/tile64/blocks.h"
 
-#include <atomic>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -10,28 +8,6 @@
 #include "formats/tile64/bounds.h"
 
 namespace kvpack::tile64 {
-
-namespace {
-
-/// Throws for the first tile, in order of batches, that reads outside the payload.
-void require_inside(const Tile64Data& tiles, FindOutside find_outside) {
-  constexpr std::int64_t kNone = std::numeric_limits<std::int64_t>::max();
-  std::atomic<std::int64_t> outside{kNone};  // counted through all batches
-  const std::int64_t blocks = tiles.tiles / tiles.head_dim;
-  auto check_block = [&](std::int64_t task) {
-    const std::int64_t tile = find_outside(tiles, {task / blocks, task % blocks});
-    if (tile < 0) return;
-    const std::int64_t found = task / blocks * tiles.tiles + tile;
-    std::int64_t first = outside.load();
-    while (found < first && !outside.compare_exchange_weak(first, found)) {
-    }
-  };
-  parallel_for(tiles.batches * blocks, check_block);
-  if (outside.load() == kNone) return;
-  throw_outside(tiles, outside.load() / tiles.tiles, outside.load() % tiles.tiles);
-}
-
-}  // namespace
 
 void compress_blocks(const CompressTile64Problem& problem, MaskBlock mask_block, WriteBlock write_block) {
   const Tile64Data& out = problem.out;
@@ -67,9 +43,9 @@ void compress_blocks(const CompressTile64Problem& problem, MaskBlock mask_block,
   if (problem.used != nullptr) *problem.used = ends.back();
 }
 
-void unpack_blocks(const UnpackTile64Problem& problem, FindOutside find_outside, UnpackBlock unpack_block) {
+void unpack_blocks(const UnpackTile64Problem& problem, UnpackBlock unpack_block) {
   const Tile64Data& tiles = problem.tiles;
-  require_inside(tiles, find_outside);
+  require_inside(tiles, "tiles");
   const std::int64_t blocks = tiles.tiles / tiles.head_dim;
   auto unpack_task = [&](std::int64_t task) { unpack_block(problem, {task / blocks, task % blocks}); };
   parallel_for(tiles.batches * blocks, unpack_task);

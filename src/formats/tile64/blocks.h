@@ -29,9 +29,6 @@ using MaskBlock = std::int64_t (*)(const CompressTile64Problem& problem, Block b
 using WriteBlock = void (*)(const CompressTile64Problem& problem, Block block, const std::uint64_t* masks,
                             PayloadPlace place);
 
-/// The first tile of a block (within its batch) that reads outside the payload, or -1.
-using FindOutside = std::int64_t (*)(const Tile64Data& tiles, Block block);
-
 /// Writes the dense elements of a block whose tiles lie inside the payload.
 using UnpackBlock = void (*)(const UnpackTile64Problem& problem, Block block);
 
@@ -41,6 +38,6 @@ void compress_blocks(const CompressTile64Problem& problem, MaskBlock mask_block,
 
 /// Unpacks block by block.
 ///   Throws    InvalidArgument before anything is written when a tile lies outside the payload
-void unpack_blocks(const UnpackTile64Problem& problem, FindOutside find_outside, UnpackBlock unpack_block);
+void unpack_blocks(const UnpackTile64Problem& problem, UnpackBlock unpack_block);
 
 }  // namespace kvpack::tile64

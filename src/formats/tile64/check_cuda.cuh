@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "formats/tile64/bounds.h"
 #include "formats/tile64/pack_cuda.cuh"
 
 namespace kvpack::cuda {
@@ -21,12 +22,10 @@ __device__ inline Tile64Finding check_offsets(const Tile64Data& tiles, std::int6
   const std::int64_t previous = has_previous ? tiles.offsets[place - 1] : 0;
   if (offset < previous) return {Tile64Fault::kOffsetBackwards, 0, b, t, offset, previous};
   if (t == tiles.tiles) return {};  // the end of a batch of 16 bits
-  const int units = tile_units(__popcll(tiles.bitmaps[b * tiles.tiles + t]), tiles.bits);
-  const std::int64_t taken = is_f16 ? units * kUnitHalves : units;
-  const std::int64_t first =
-      is_f16 ? tile64_f16::first_half(tiles.starts[b], tiles.offsets[place]) : tiles.offsets[place];
-  if (first + taken > tiles.payload_capacity) {
-    return {Tile64Fault::kPastTheEnd, 0, b, t, first + taken, tiles.payload_capacity};
+  const tile64::PayloadRange range = tile64::payload_range(tiles, b, t, __popcll(tiles.bitmaps[b * tiles.tiles + t]));
+  const std::int64_t taken = range.end - range.first;
+  if (range.end > tiles.payload_capacity) {
+    return {Tile64Fault::kPastTheEnd, 0, b, t, range.end, tiles.payload_capacity};
   }
   const bool has_next = is_f16 || t + 1 < tiles.tiles || b + 1 < tiles.batches;
   const std::int64_t next = has_next ? tiles.offsets[place + 1] : 0;
@@ -79,6 +78,8 @@ __global__ void __launch_bounds__(kCheckThreads)
 }
 
 /// Tells what is wrong at the first of the blocks' places.
+///
+///   first_of_blocks  4 3             3 is the first; place 3 is checked once more
 ///
 /// Launch  one block of kCheckThreads
 /// Work    a minimum, then one thread checks that place again

@@ -58,8 +58,7 @@ inline std::uint64_t nonzero_mask(const T* x) {
 /// First element of a block's row `token`.
 template <typename T>
 inline T* row_of(const DenseMatrices& matrices, tile64::Block block, std::int64_t token) {
-  return static_cast<T*>(matrices.data) + block.batch / matrices.heads * matrices.sequence_stride +
-         block.batch % matrices.heads * matrices.head_stride + (block.index * kTile + token) * matrices.token_stride;
+  return static_cast<T*>(matrices.data) + matrices.row_start(block.batch, block.index * kTile + token);
 }
 
 /// Real tokens of a block.
@@ -205,14 +204,6 @@ void write_block(const CompressTile64Problem& problem, tile64::Block block, cons
   for (std::int64_t i = 0; i < out.head_dim; ++i) bitmaps[i] = reverse_bits(masks[i]);
 }
 
-inline std::int64_t find_outside(const Tile64Data& tiles, tile64::Block block) {
-  for (std::int64_t i = 0; i < tiles.head_dim; ++i) {
-    const std::int64_t tile = block.index * tiles.head_dim + i;
-    if (!tile64::is_inside(tiles, tile64::payload_range(tiles, block.batch, tile))) return tile;
-  }
-  return -1;
-}
-
 /// Writes the 64 dense elements of one tile.
 template <typename T>
 inline void read_tile(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile, T* target) {
@@ -282,11 +273,11 @@ void compress_tile64(const CompressTile64Problem& problem) {
 
 void unpack_tile64(const UnpackTile64Problem& problem) {
   if (problem.out.dtype == DType::kFloat16) {
-    tile64::unpack_blocks(problem, find_outside, unpack_block<Half>);
+    tile64::unpack_blocks(problem, unpack_block<Half>);
   } else if (problem.out.dtype == DType::kBFloat16) {
-    tile64::unpack_blocks(problem, find_outside, unpack_block<BFloat16>);
+    tile64::unpack_blocks(problem, unpack_block<BFloat16>);
   } else {
-    tile64::unpack_blocks(problem, find_outside, unpack_block<float>);
+    tile64::unpack_blocks(problem, unpack_block<float>);
   }
 }
 

@@ -39,6 +39,11 @@ struct DenseMatrices {
   std::int64_t sequence_stride = 0;  // elements
   std::int64_t head_stride = 0;
   std::int64_t token_stride = 0;
+
+  /// Element of `data` at which a row of one batch starts.
+  [[nodiscard]] KVPACK_HOST_DEVICE std::int64_t row_start(std::int64_t batch, std::int64_t token) const {
+    return batch / heads * sequence_stride + batch % heads * head_stride + token * token_stride;
+  }
 };
 
 struct CompressTile64Problem {
