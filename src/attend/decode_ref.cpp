@@ -23,10 +23,8 @@ std::vector<double> widen(const std::vector<T>& matrix) {
 template <typename T>
 void append_recent(const DenseMatrices& recent, std::int64_t batch, std::int64_t tokens, std::int64_t head_dim,
                    std::vector<double>& matrix) {
-  const T* first = static_cast<const T*>(recent.data);
   for (std::int64_t t = 0; t < tokens; ++t) {
-    const T* row = first + batch / recent.heads * recent.sequence_stride + batch % recent.heads * recent.head_stride +
-                   t * recent.token_stride;
+    const T* row = static_cast<const T*>(recent.data) + recent.row_start(batch, t);
     for (std::int64_t c = 0; c < head_dim; ++c) matrix.push_back(static_cast<double>(to_float(row[c])));
   }
 }
@@ -86,16 +84,17 @@ void attend_row(const AttendTile64Problem& problem, std::int64_t i, const std::v
     weights.push_back(score(problem, q.data(), keys.data() + t * static_cast<std::size_t>(head_dim)));
     largest = std::max(largest, weights.back());
   }
+  // No score above -infinity, or none at all: all weights are 0, and so is the result.
+  const double origin = std::isinf(largest) && largest < 0.0 ? 0.0 : largest;
   double total = 0.0;
-  for (double& weight : weights) total += weight = std::exp(weight - largest);
+  for (double& weight : weights) total += weight = std::exp(weight - origin);
   for (std::int64_t c = 0; c < head_dim; ++c) {
     double sum = 0.0;
     for (std::size_t t = 0; t < tokens; ++t)
       sum += weights[t] * values[t * static_cast<std::size_t>(head_dim) + static_cast<std::size_t>(c)];
-    from_float(tokens == 0 ? 0.0f : static_cast<float>(sum / total), static_cast<T*>(problem.out)[i * head_dim + c]);
+    from_float(total == 0.0 ? 0.0f : static_cast<float>(sum / total), static_cast<T*>(problem.out)[i * head_dim + c]);
   }
-  // No tokens: log 0, and -infinity plus it.
-  if (problem.lse != nullptr) problem.lse[i] = static_cast<float>(largest + std::log(total));
+  if (problem.lse != nullptr) problem.lse[i] = static_cast<float>(origin + std::log(total));
 }
 
 template <typename T>
@@ -114,10 +113,13 @@ void attend_as(const AttendTile64Problem& problem) {
 }  // namespace
 
 void multiply_tile64(const MultiplyTile64Problem& problem) {
+  tile64::require_inside(problem.tiles, problem.tiles.kind == CacheKind::kKey ? "keys" : "values");
   with_float_type(problem.dtype, [&]<typename T>() { multiply_as<T>(problem); });
 }
 
 void attend_tile64(const AttendTile64Problem& problem) {
+  tile64::require_inside(problem.keys, "keys");
+  tile64::require_inside(problem.values, "values");
   with_float_type(problem.dtype, [&]<typename T>() { attend_as<T>(problem); });
 }
 

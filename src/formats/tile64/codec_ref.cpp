@@ -11,20 +11,13 @@ namespace kvpack::reference {
 
 namespace {
 
-/// Element i of a batch b of dense matrices, as stored.
-template <typename T>
-T* row_of(const DenseMatrices& matrices, std::int64_t batch, std::int64_t token) {
-  return static_cast<T*>(matrices.data) + batch / matrices.heads * matrices.sequence_stride +
-         batch % matrices.heads * matrices.head_stride + token * matrices.token_stride;
-}
-
 /// One batch [padded tokens, head_dim]: pruned, and zero in the tokens that fill up the last block.
 template <typename T>
 std::vector<T> prune_batch(const CompressTile64Problem& problem, std::int64_t batch) {
   const Tile64Data& out = problem.out;
   std::vector<T> matrix(static_cast<std::size_t>(tile64::padded_tokens(out.tokens) * out.head_dim), T{});
   PruneProblem prune;
-  prune.x = row_of<T>(problem.x, batch, 0);
+  prune.x = static_cast<T*>(problem.x.data) + problem.x.row_start(batch, 0);
   prune.out = matrix.data();
   prune.dtype = problem.x.dtype;
   prune.tokens = out.tokens;
@@ -167,42 +160,22 @@ void compress_tile64(const CompressTile64Problem& problem) {
   }
 }
 
-std::array<float, kTileElements> tile_values(const Tile64Data& tiles, std::int64_t batch, std::int64_t tile) {
-  const tile64::PayloadRange range = tile64::payload_range(tiles, batch, tile);
-  if (!tile64::is_inside(tiles, range)) tile64::throw_outside(tiles, batch, tile);
-  std::array<float, kTileElements> values{};
-  const std::int64_t place = batch * tiles.tiles + tile;
-  const auto bits = static_cast<std::uint32_t>(tiles.bits);
-  std::uint32_t j = 0;  // survivors so far
-  for (int i = 0; i < kTileElements; ++i) {
-    if ((tiles.bitmaps[place] & tile64::bitmap_bit(i)) == 0) continue;
-    float& value = values[static_cast<std::size_t>(i)];
-    if (tiles.bits != kUnquantizedBits) {
-      const std::uint32_t capacity = tile64_q::kWordBits / bits;
-      const std::uint32_t word = static_cast<const std::uint32_t*>(tiles.payload)[range.first + j / capacity];
-      const std::uint32_t code = word >> (j % capacity * bits) & ((1u << bits) - 1u);
-      value = tile64_q::value_of(code, {tiles.scales[place], tiles.zeros[place]});
-    } else if (tiles.payload_type == DType::kFloat16) {
-      value = to_float(static_cast<const Half*>(tiles.payload)[range.first + j]);
-    } else {
-      value = to_float(static_cast<const BFloat16*>(tiles.payload)[range.first + j]);
-    }
-    ++j;
-  }
-  return values;
+float code_value(const Tile64Data& tiles, std::int64_t place, std::int64_t first, std::int64_t j) {
+  const std::int64_t capacity = tile64_q::capacity(tiles.bits);
+  const std::uint32_t word = static_cast<const std::uint32_t*>(tiles.payload)[first + j / capacity];
+  const std::uint32_t code = word >> (j % capacity * tiles.bits) & ((1u << tiles.bits) - 1u);
+  return tile64_q::value_of(code, {tiles.scales[place], tiles.zeros[place]});
 }
 
 void unpack_tile64(const UnpackTile64Problem& problem) {
   const Tile64Data& tiles = problem.tiles;
+  tile64::require_inside(tiles, "tiles");
   with_float_type(problem.out.dtype, [&]<typename T>() {
-    // All batches before the first is written: a tile that points outside leaves `out` as it was.
-    std::vector<std::vector<T>> matrices;
-    for (std::int64_t b = 0; b < tiles.batches; ++b) matrices.push_back(unpack_batch<T>(tiles, b));
     for (std::int64_t b = 0; b < tiles.batches; ++b) {
+      const std::vector<T> matrix = unpack_batch<T>(tiles, b);
       for (std::int64_t token = 0; token < tiles.tokens; ++token) {
-        std::memcpy(row_of<T>(problem.out, b, token),
-                    matrices[static_cast<std::size_t>(b)].data() + token * tiles.head_dim,
-                    static_cast<std::size_t>(tiles.head_dim) * sizeof(T));
+        std::memcpy(static_cast<T*>(problem.out.data) + problem.out.row_start(b, token),
+                    matrix.data() + token * tiles.head_dim, static_cast<std::size_t>(tiles.head_dim) * sizeof(T));
       }
     }
   });

@@ -24,20 +24,13 @@ __device__ inline PayloadRun payload_run(const Tile64Data& tiles, std::int64_t b
   return {first, static_cast<int>(min(tiles.payload_capacity - first, kTileElements))};
 }
 
-/// 16 bits as they come back from float32: a signalling NaN is quiet.
-__device__ inline std::uint32_t quiet(std::uint16_t bits, DType dtype) {
-  const bool is_half = dtype == DType::kFloat16;
-  const bool is_nan = (bits & 0x7fffu) > (is_half ? 0x7c00u : 0x7f80u);
-  return is_nan ? bits | (is_half ? 0x200u : 0x40u) : bits;
-}
-
 /// float32 bits of survivor `place` of a tile, or those of out_dtype where the payload has that type already.
 __device__ inline std::uint32_t survivor_bits(const Tile64Data& tiles, PayloadRun run, tile64_q::Grid grid, int place,
                                               DType out_dtype) {
   if (tiles.bits == kUnquantizedBits) {
     if (place >= run.count) return 0;
     const std::uint16_t bits = static_cast<const std::uint16_t*>(tiles.payload)[run.first + place];
-    return tiles.payload_type == out_dtype ? quiet(bits, out_dtype) : widen(bits, tiles.payload_type);
+    return tiles.payload_type == out_dtype ? bits : widen(bits, tiles.payload_type);
   }
   const int word_bits = place * tiles.bits;
   if (word_bits / tile64_q::kWordBits >= run.count) return 0;

@@ -32,7 +32,15 @@ inline void read_halves(const P* source, std::int64_t available, std::uint64_t m
   } else {
     P dense[kTileElements];
     expand64(&source->bits, mask, &dense[0].bits);
-    for (int i = 0; i < kTileElements; i += kLanes) store(target + i, load(dense + i));
+    for (int i = 0; i < kTileElements; i += kLanes) {
+      const F32 values = load(dense + i);
+      store(target + i, values);
+      // Vector conversions make signalling NaNs quiet; widening is exact.
+      if constexpr (std::is_same_v<T, float>) {
+        if (bits(is_nonfinite(values)) == 0) continue;
+        for (int lane = i; lane < i + kLanes; ++lane) target[lane] = to_float(dense[lane]);
+      }
+    }
   }
 }
 
