@@ -34,11 +34,13 @@ inline __m256 lane_mask(std::uint32_t lane_bits) { return mask_from_bits(lane_bi
 inline constexpr std::uint64_t kEachNibble = 0x1111111111111111u;
 inline constexpr std::uint64_t kEachByte = 0x0101010101010101u;
 
+/// A NaN stays as it is: adding to one whose bits are all set would make it -0.
 inline __m256 round_values(__m256 values, const RoundedGrid& grid) {
   const __m256i words = _mm256_castps_si256(values);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(words, 16), set1_u32(grid.odd_bit));
   const __m256i raised = _mm256_add_epi32(words, _mm256_add_epi32(odd, set1_u32(grid.half_step)));
-  return _mm256_castsi256_ps(_mm256_and_si256(raised, set1_u32(grid.kept_bits)));
+  const __m256 rounded = _mm256_castsi256_ps(_mm256_and_si256(raised, set1_u32(grid.kept_bits)));
+  return blend(eq(values, values), rounded, values);
 }
 
 /// Looks 64 values up: each nibble of `indices` is 4 + code for a survivor and 0 elsewhere; lanes 0 to 3 of the table are 0.
@@ -104,15 +106,18 @@ inline void expand(Codes<8>, std::uint64_t mask, const std::byte* bytes, Rounded
   }
 }
 
+inline __m256 widen(Half, __m128i halves) { return _mm256_cvtph_ps(halves); }
+inline __m256 widen(BFloat16, __m128i halves) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
 template <typename T>
 inline void expand(Halves<T>, std::uint64_t mask, const std::byte* bytes, RoundedGrid grid, float* out) {
   for (int j = 0; j < 8; ++j) {
     const auto kept = static_cast<std::uint32_t>(mask >> (8 * j)) & 0xffu;
-    const auto* places = reinterpret_cast<const __m128i*>(kExpandTable.lanes[kept].data());
-    const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(places));
-    const __m256 halves = round_values(load(reinterpret_cast<const T*>(bytes)), grid);
-    const __m256 values = _mm256_permutevar8x32_ps(halves, order);
-    store(out + 8 * j, _mm256_and_ps(values, lane_mask(kept)));
+    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandWords.bytes[kept].data()));
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    store(out + 8 * j, round_values(widen(T{}, _mm_shuffle_epi8(halves, order)), grid));
     bytes += 2 * std::popcount(kept);
   }
 }

@@ -28,11 +28,12 @@ inline void reverse_bitmaps(const std::uint64_t* bitmaps, std::uint64_t* masks) 
 
 inline bool rounds(const RoundedGrid& grid) { return grid.half_step != 0; }
 
+/// A NaN stays as it is: adding to one whose bits are all set would make it -0.
 inline __m512 round_values(__m512 values, const RoundedGrid& grid) {
   const __m512i words = _mm512_castps_si512(values);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(words, 16), set1_u32(grid.odd_bit));
   const __m512i raised = _mm512_add_epi32(words, _mm512_add_epi32(odd, set1_u32(grid.half_step)));
-  return _mm512_castsi512_ps(_mm512_and_si512(raised, set1_u32(grid.kept_bits)));
+  return _mm512_castsi512_ps(_mm512_mask_and_epi32(words, eq(values, values), raised, set1_u32(grid.kept_bits)));
 }
 
 /// Codes 0, 1, .. in the upper lanes of a table that starts with `first`.

@@ -14,7 +14,9 @@ inline void reverse_bitmaps(const std::uint64_t* bitmaps, std::uint64_t* masks) 
   }
 }
 
+/// A NaN stays as it is: adding to one whose bits are all set would make it -0.
 inline float round_value(float value, const RoundedGrid& grid) {
+  if (value != value) return value;
   const auto word = std::bit_cast<std::uint32_t>(value);
   return std::bit_cast<float>((word + grid.half_step + ((word >> 16) & grid.odd_bit)) & grid.kept_bits);
 }

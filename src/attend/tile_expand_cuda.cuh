@@ -15,6 +15,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
 #include <cstdint>
 
 #include "attend/tile_source_cuda.cuh"
@@ -109,7 +110,8 @@ __device__ inline PreparedGrid<kBits> prepare_grid(const LaneTile& tile, MmaType
   constexpr float kLargest = static_cast<float>((1 << kBits) - 1);
   grid.scale = tile.scale;
   grid.zero = tile.zero;
-  grid.masks = kBits == 8 || !(tile.zero >= 0.0f && tile.zero <= kLargest);
+  // A scale that is not finite makes even the zero code's value NaN.
+  grid.masks = kBits == 8 || !(tile.zero >= 0.0f && tile.zero <= kLargest && fabsf(tile.scale) <= FLT_MAX);
   const std::uint32_t zero_code = grid.masks ? 0u : static_cast<std::uint32_t>(tile.zero);
   if constexpr (kBits <= 2) {
     grid.zero_codes = zero_code * (kBits == 2 ? 0x55555555u : 0xffffffffu);
