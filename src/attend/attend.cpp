@@ -1,5 +1,7 @@
 // Entry of attention on tiles and of its two products: checks and dispatch.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "attend/implementations.h"
 #include "attend/workspace.h"
@@ -67,16 +69,25 @@ void multiply(const Tile64& tiles, const char* tiles_name, CacheKind kind, const
       workspace,
       attend_workspace_bytes(data.batches, problem.group * problem.rows, data.tokens, data.head_dim, device.kind),
       device);
+  require(!may_overlap(workspace, x) && !may_overlap(workspace, out), "workspace overlaps ", x_name,
+          " or out in memory");
+  require_apart(workspace, "workspace", tiles, tiles_name);
   problem.stream = stream;
   const auto function = select<MultiplyTile64Function>(Operation::kMultiplyTile64, device.kind);
   if (out.num_elements() > 0) function(problem);
 }
 
+/// Kernels compute with factors and their reciprocals in float32, which this range leaves room for.
+void require_factor(double factor, const char* name, const char* meaning_of_zero) {
+  constexpr double kSmallest = 1e-30;
+  constexpr double kLargest = 1e30;
+  require(factor == 0.0 || (factor >= kSmallest && factor <= kLargest), name, " is ", factor, "; it must be ",
+          kSmallest, " to ", kLargest, ", or 0 for ", meaning_of_zero);
+}
+
 void require_attend_options(const AttendOptions& options, std::int64_t recent_tokens, std::int64_t rows) {
-  require(std::isfinite(options.scale) && options.scale >= 0.0, "scale is ", options.scale,
-          "; it must be finite and at least 0 (0: 1/sqrt(head_dim))");
-  require(std::isfinite(options.softcap) && options.softcap >= 0.0, "softcap is ", options.softcap,
-          "; it must be finite and at least 0 (0: none)");
+  require_factor(options.scale, "scale", "1/sqrt(head_dim)");
+  require_factor(options.softcap, "softcap", "none");
   require(options.masking == Masking::kNone || options.masking == Masking::kCausal, "there is no masking number ",
           static_cast<int>(options.masking));
   require(options.masking == Masking::kNone || recent_tokens >= rows, "causal masking takes the last ", rows,
@@ -87,12 +98,12 @@ void require_attend_options(const AttendOptions& options, std::int64_t recent_to
 void add_recent(const TensorView& keys, const TensorView& values, std::int64_t batch, AttendTile64Problem& problem,
                 const Device& device) {
   if (is_empty(keys) && is_empty(values)) return;
-  const std::int64_t kv_heads = problem.keys.batches / batch;
+  const std::int64_t kv_heads = batch == 0 ? 0 : problem.keys.batches / batch;
   Tile64Data window;  // the shape that both must have
   window.batches = problem.keys.batches;
   window.head_dim = problem.keys.head_dim;
   window.tokens = keys.rank == 4 ? keys.shape[2] : 0;
-  const bool fits = keys.rank == 4 && keys.shape[0] == batch && keys.shape[1] == kv_heads;
+  const bool fits = keys.rank == 4 && keys.shape[0] == batch && keys.shape[1] == kv_heads && window.tokens >= 0;
   if (!fits) {
     throw InvalidArgument(text("recent_keys has shape ", shape_text(keys), "; expected [", batch, ", ", kv_heads,
                                ", recent_tokens, ", window.head_dim, "]"));
@@ -152,12 +163,25 @@ void require_same_cache(const Tile64& keys, const Tile64& values, const AttendTi
   }
 }
 
+/// What attend_tile64 writes shares memory with nothing else.
+void require_apart_from_all(const TensorView& written, const char* name, const Tile64& keys, const Tile64& values,
+                            std::initializer_list<const TensorView*> others) {
+  for (const TensorView* view : others) {
+    require(!may_overlap(written, *view), name, " overlaps an input or an output in memory");
+  }
+  require_apart(written, name, keys, "keys");
+  require_apart(written, name, values, "values");
+}
+
 }  // namespace
 
 std::int64_t attend_workspace_bytes(std::int64_t batches, std::int64_t columns, std::int64_t tokens,
                                     std::int64_t head_dim, DeviceKind device) {
   tile64::require_size(kUnquantizedBits, batches, tokens, head_dim);
-  require(columns >= 1, "columns is ", columns, "; it must be at least 1");
+  constexpr std::int64_t kMostColumns = std::numeric_limits<std::int32_t>::max();
+  const std::int64_t most = kMostColumns / std::max<std::int64_t>(batches, 1);
+  require(columns >= 1 && columns <= most, "columns is ", columns, "; with ", batches, " batches it must be 1 to ",
+          most);
   return device == DeviceKind::kCpu ? 0 : attend_workspace_bytes(batches, columns, tokens, head_dim);
 }
 
@@ -182,14 +206,10 @@ void attend_tile64(const Tile64& keys, const Tile64& values, const TensorView& q
   const std::int64_t batch = add_queries(q, out, lse, problem, device);
   add_recent(recent_keys, recent_values, batch, problem, device);
   require_attend_options(options, problem.recent_tokens, problem.rows);
-  for (const TensorView* view : {&q, &recent_keys, &recent_values, &lse}) {
-    require(!may_overlap(out, *view), "out overlaps an input or lse in memory");
-    require(view == &lse || !may_overlap(lse, *view), "lse overlaps an input in memory");
-  }
-  require_apart(out, "out", keys, "keys");
-  require_apart(out, "out", values, "values");
-  require_apart(lse, "lse", keys, "keys");
-  require_apart(lse, "lse", values, "values");
+  require(!may_overlap(out, lse), "out overlaps lse in memory");
+  require_apart_from_all(out, "out", keys, values, {&q, &recent_keys, &recent_values});
+  require_apart_from_all(lse, "lse", keys, values, {&q, &recent_keys, &recent_values});
+  require_apart_from_all(workspace, "workspace", keys, values, {&q, &recent_keys, &recent_values, &out, &lse});
   const double head_dim = static_cast<double>(keys.head_dim);
   problem.scale = static_cast<float>(options.scale > 0.0 ? options.scale : 1.0 / std::sqrt(head_dim));
   problem.softcap = static_cast<float>(options.softcap);

@@ -30,7 +30,7 @@ void require_options(const Tile64Options& options) {
 }
 
 /// Outputs may overlap neither the input nor one another.
-void require_apart(const TensorView& x, const Tile64& out, const TensorView& used) {
+void require_apart(const TensorView& x, const Tile64& out, const TensorView& used, const TensorView& workspace) {
   struct Named {
     const char* name;
     const TensorView* view;
@@ -42,7 +42,8 @@ void require_apart(const TensorView& x, const Tile64& out, const TensorView& use
                          Named{"out.starts", &out.starts},
                          Named{"out.scales", &out.scales},
                          Named{"out.zeros", &out.zeros},
-                         Named{"used", &used}};
+                         Named{"used", &used},
+                         Named{"workspace", &workspace}};
   for (std::size_t i = 0; i < named.size(); ++i) {
     for (std::size_t j = i + 1; j < named.size(); ++j) {
       require(!may_overlap(*named[i].view, *named[j].view), named[i].name, " and ", named[j].name,
@@ -132,7 +133,7 @@ void compress_tile64(const TensorView& x, const Tile64Options& options, const Ti
                                "; expected ", name_of(half_type_of(x.dtype))));
   }
   if (!is_empty(used)) require_exact(used, {"used"}, DType::kInt64, {1}, device);
-  require_apart(x, out, used);
+  require_apart(x, out, used, workspace);
   problem.prunes = options.sparsity > 0.0;
   problem.rank_from_top = rank_from_top(options, out.head_dim);
   problem.rule = options.rule;

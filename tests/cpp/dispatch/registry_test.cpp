@@ -35,6 +35,19 @@ TEST(Registry, TheForcedImplementationRunsAndIsNamed) {
   EXPECT_NE(explain("prune_magnitude").find("runs scalar: forced by name"), std::string::npos);
 }
 
+TEST(Registry, TheTileFormatsAndAttentionAreListedAndCanBeForced) {
+  const test::Forced forced("scalar");
+  for (const char* operation : {"compress_tile64", "unpack_tile64", "multiply_tile64", "attend_tile64"}) {
+    std::set<std::string> names;
+    for (const ImplementationInfo& info : list_implementations()) {
+      if (info.operation == operation && info.device == DeviceKind::kCpu) names.insert(info.name);
+    }
+    EXPECT_TRUE(names.contains("reference") && names.contains("scalar")) << operation;
+    EXPECT_NE(explain(operation).find("runs scalar: forced by name"), std::string::npos) << explain(operation);
+  }
+  EXPECT_NE(explain("check_tile64").find("runs reference: \"scalar\" is forced, but"), std::string::npos);
+}
+
 TEST(Registry, AnOperationWithoutTheForcedNameSaysSo) {
   const test::Forced forced("scalar");
   EXPECT_NE(explain("compare_tensors").find("\"scalar\" is forced, but this operation has only reference"),

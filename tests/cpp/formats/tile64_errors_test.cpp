@@ -177,22 +177,46 @@ TEST(AttendErrors, QueriesOutputsAndTheWindow) {
   expect_words(attending([](AttendCall& c) { c.lse = make_view(c.out.view().data, DType::kFloat32, {2, 2}); }),
                "[2, 2]", "[2, 2, 2]");
   expect_words(attending([](AttendCall& c) { c.recent_keys.shape[1] = 2; }), "[2, 2, 3, 64]", "recent_tokens, 64]");
+  expect_words(attending([](AttendCall& c) { c.recent_keys.shape[2] = c.recent_values.shape[2] = -3; }),
+               "[2, 1, -3, 64]", "recent_tokens, 64]");
   expect_words(attending([](AttendCall& c) { c.recent_values.shape[2] = 2; }), "[2, 1, 2, 64]", "3, 64]");
   expect_words(attending([](AttendCall& c) { c.recent_values = {}; }), "recent_values has shape []", "3, 64]");
   expect_words(attending([](AttendCall& c) { c.recent_keys.dtype = DType::kBFloat16; }), "bfloat16", "q is float16");
 }
 
 TEST(AttendErrors, Options) {
-  expect_words(attending([](AttendCall& c) { c.options.scale = -1.0; }), "scale is -1", "at least 0");
-  expect_words(attending([](AttendCall& c) { c.options.softcap = INFINITY; }), "inf", "finite");
+  expect_words(attending([](AttendCall& c) { c.options.scale = -1.0; }), "scale is -1", "1e-30 to 1e+30");
+  expect_words(attending([](AttendCall& c) { c.options.scale = NAN; }), "scale is nan", "1e-30 to 1e+30");
+  expect_words(attending([](AttendCall& c) { c.options.scale = 1e300; }), "scale is 1e+300", "1e-30 to 1e+30");
+  expect_words(attending([](AttendCall& c) { c.options.softcap = -30.0; }), "softcap is -30", "or 0 for none");
+  expect_words(attending([](AttendCall& c) { c.options.softcap = 1e-50; }), "softcap is 1e-50", "1e-30 to 1e+30");
+  expect_words(attending([](AttendCall& c) { c.options.softcap = INFINITY; }), "softcap is inf", "1e+30");
   expect_words(attending([](AttendCall& c) { c.options.masking = static_cast<Masking>(3); }), "3", "masking");
-  expect_words(attending([](AttendCall& c) {
-                 c.options.masking = Masking::kCausal;
-                 c.recent_keys = c.recent_values = {};
-               }),
-               "last 2", "there are 0");
-  expect_words(refusal([] { (void)attend_workspace_bytes(2, 0, 64, 64, DeviceKind::kCpu); }), "columns is 0", "1");
+  for (const std::int64_t recent : {0, 1}) {
+    expect_words(attending([recent](AttendCall& c) {
+                   c.options.masking = Masking::kCausal;
+                   c.recent_keys.shape[2] = c.recent_values.shape[2] = recent;
+                 }),
+                 "last 2", ("there are " + std::to_string(recent)).c_str());
+  }
+  expect_words(refusal([] { (void)attend_workspace_bytes(2, 0, 64, 64, DeviceKind::kCpu); }), "columns is 0", "1 to");
+  expect_words(refusal([] { (void)attend_workspace_bytes(2, INT64_MAX, 64, 64, DeviceKind::kCuda); }),
+               "9223372036854775807", "1073741823");
   EXPECT_EQ(attend_workspace_bytes(2, 4, 64, 64, DeviceKind::kCpu), 0);
+}
+
+TEST(AttendErrors, AWindowOfNoSequences) {
+  AttendCall c;
+  const auto drop_batches = [](Tile64& tiles) {
+    for (TensorView* view : {&tiles.bitmaps, &tiles.offsets, &tiles.scales, &tiles.zeros}) view->shape[0] = 0;
+    if (tiles.bits == 16) tiles.starts.shape[0] = 0;
+  };
+  drop_batches(c.keys.out);
+  drop_batches(c.values.out);
+  c.q_view.shape[0] = c.out_view.shape[0] = 0;
+  expect_words(c.run(), "recent_keys has shape [2, 1, 3, 64]", "[0, 0, recent_tokens, 64]");
+  c.recent_keys = c.recent_values = {};
+  EXPECT_EQ(c.run(), "accepted");
 }
 
 TEST(AttendErrors, Products) {
