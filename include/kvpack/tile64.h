@@ -61,7 +61,7 @@ struct Tile64Options {
 ///             Tile64 says, all of it written, the payload as far as `used`; workspace [bytes/8] int64 (empty on the
 ///             CPU); used [1] int64, on the device of x, receives the payload elements that the tiles take; may be empty
 ///   Types     x float16, bfloat16 or float32; a 16-bit payload has x's type, or float16 where x is float32 (RNE)
-///   Requires  channels of x are adjacent; one device; outputs overlap nothing
+///   Requires  channels of x are adjacent; one device; outputs and workspace overlap nothing
 ///   Capacity  on the CPU a payload that is too small throws before anything is written. On a GPU nothing is written past
 ///             its end and `used` says what would have been needed: a payload of tile64_payload_bound is always enough
 ///   NaN, inf  16 bits keep them as they are; a quantised tile that holds one gets scale NaN and zero 0, so that all of
@@ -72,6 +72,7 @@ void compress_tile64(const TensorView& x, const Tile64Options& options, const Ti
                      const TensorView& used, void* stream = nullptr);
 
 /// Writes the matrices that tiles stand for: value = (code - zero) * scale in float32, then RNE to the type of out.
+/// Survivors of 16 bits keep every bit where out has their type.
 ///   Shapes    out [batches, tokens, head_dim] or [batch, kv_heads, tokens, head_dim], float16, bfloat16 or float32
 ///   Hostile   never reads outside the views, whatever the bytes say: on the CPU a tile that points outside throws, on a
 ///             GPU it decodes to something; check_tile64 says what is wrong

@@ -30,7 +30,7 @@ IMPLEMENTATIONS = sorted(
 )
 KINDS = ("key", "value")
 ALL_BITS = (1, 2, 4, 8, 16)
-LIMITS = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 1e-5}
+LIMITS = {torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.float32: 1e-5}
 """Largest relative error (norms) against float64 on values in float32: docs/numerics.md section 8. bfloat16 rounds
 by up to 2^-8, once in the output and, where an implementation multiplies in that type, once in the values of codes."""
 
@@ -217,7 +217,11 @@ def test_products_are_those_of_the_unpacked_tiles(implementation, dtype, bits, h
     values = compress_tile64(dense, "value", sparsity=0.5, bits=bits)
     q = torch.from_numpy(random_matrices(3 * group, rows, head_dim, seed=1)).to(dtype)
     p = torch.from_numpy(random_matrices(3 * group, rows, 150, seed=2)).to(dtype)
-    k, v = (unpack_tile64(t, dtype="float32").double().repeat_interleave(group, 0) for t in (keys, values))
+    # The judge is what unpacking to the type of the queries gives: docs/numerics.md section 8.
+    k, v = (
+        unpack_tile64(t, dtype=str(dtype).removeprefix("torch.")).double().repeat_interleave(group, 0)
+        for t in (keys, values)
+    )
     out = torch.full((3 * group, rows, 150), float("nan"), dtype=dtype)
     assert multiply_keys(keys, q, out) is out
     assert ops.last_implementation() == implementation
@@ -256,7 +260,7 @@ def test_attention_is_that_of_the_unpacked_tiles(implementation, dtype, tokens, 
     q = torch.from_numpy(random_matrices(2, 6, rows, 128)).to(dtype)
     recent = (k[:, :, tokens:], v[:, :, tokens:])
     k, v = (
-        torch.cat([unpack_tile64(tiles, dtype="float32"), part.float()], 2)
+        torch.cat([unpack_tile64(tiles, dtype=str(dtype).removeprefix("torch.")), part], 2)
         for tiles, part in zip((keys, values), recent, strict=True)
     )
     expected, expected_lse = attend_dense(q, k, v, **options)
