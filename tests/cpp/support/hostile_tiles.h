@@ -70,7 +70,8 @@ inline int run_hostile(const HostileInput& input) {
       reinterpret_cast<float*>(x.data())[i] = static_cast<float>(value);
     }
   }
-  const std::int64_t capacity = tile64_payload_bound(bits, kBatches, tokens, head_dim, head_dim / 2) + input.choices[4] % 5;
+  const std::int64_t capacity =
+      tile64_payload_bound(bits, kBatches, tokens, head_dim, head_dim / 2) + input.choices[4] % 5;
   const ExactMemory bitmaps(8 * kBatches * num_tiles);
   const ExactMemory offsets(4 * kBatches * (num_tiles + (is_f16 ? 1 : 0)));
   const ExactMemory payload(capacity * (is_f16 ? 2 : 4));
