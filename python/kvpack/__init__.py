@@ -31,8 +31,10 @@ _HOMES = {
     "set_num_threads": "kvpack.ops",
     "Method": "kvpack.methods",
     "DenseMethod": "kvpack.methods",
-    "UniformMethod": "kvpack.methods",
+    "UniformMethod": "kvpack.uniform",
     "PruneMethod": "kvpack.mustafar",
+    "CodebookMethod": "kvpack.codebook_methods",
+    "RotatedMethod": "kvpack.rotated",
     "register_method": "kvpack.methods",
     "Policy": "kvpack.policy",
     "parse_policy": "kvpack.policy",
@@ -69,6 +71,8 @@ __all__ = [
     "DenseMethod",
     "UniformMethod",
     "PruneMethod",
+    "CodebookMethod",
+    "RotatedMethod",
     "register_method",
     "Policy",
     "parse_policy",
@@ -86,7 +90,8 @@ __all__ = [
 if TYPE_CHECKING:
     from kvpack.attend import attend_tile64, multiply_keys, multiply_values
     from kvpack.cache import CacheMemory, TileCache
-    from kvpack.methods import DenseMethod, Method, UniformMethod, register_method
+    from kvpack.codebook_methods import CodebookMethod
+    from kvpack.methods import DenseMethod, Method, register_method
     from kvpack.models.hooks import Simulation, simulate
     from kvpack.models.tile_attention import attend_tiles
     from kvpack.mustafar import PruneMethod
@@ -103,9 +108,11 @@ if TYPE_CHECKING:
     )
     from kvpack.overrides import LayerOverride
     from kvpack.policy import Policy, list_presets, parse_policy
+    from kvpack.rotated import RotatedMethod
     from kvpack.simulation import BitsTally, simulate_tensor
     from kvpack.tile64 import Tile64
     from kvpack.tiles import compress_tile64, concat_tile64, unpack_tile64
+    from kvpack.uniform import UniformMethod
 
 
 def __getattr__(name: str) -> Any:

@@ -1,26 +1,25 @@
 """Methods: what happens to one matrix of keys or values, as small typed objects. A policy pairs two of them.
 
-Only parameters, their text and JSON forms and their price in bits live here; the numerical work is in kvpack.ops.
-Mustafar's method, which goes through real bytes, is mustafar.py.
+Only the base class, the register and the baseline live here. Grids are uniform.py, codebooks codebook_methods.py,
+rotations rotated.py, and Mustafar's method, which goes through real bytes, mustafar.py.
 """
 
 # ruff: noqa: D102  (Method documents each method once; its subclasses inherit the words)
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from decimal import Decimal
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from kvpack.calibrate.calibration import LayerCalibration
 
 Kind = Literal["key", "value"]
-Mode = Literal["oracle", "causal"]
+Mode = Literal["oracle", "causal", "calibrated"]
+MODES: tuple[Mode, ...] = ("oracle", "causal", "calibrated")
 Stage = Literal["none", "pre_rope", "post_rope"]
 
-UNIFORM_BITS = (2, 3, 4, 8, 16)
-KIVI_BITS = (2, 4)
-KIVI_GROUP = 32
 DENSE_BITS = 16
 """Bits of an element that is stored as it is; the models this is for keep their cache in fp16 or bf16."""
 VECTOR_BITS = 16 + 16
@@ -29,9 +28,13 @@ OUTLIER_BITS = 16 + 16
 """Value and index of one outlier, which keeps its (unused) code too."""
 OUTLIER_START_BITS = 32
 """Where the outliers of one vector start."""
+THRESHOLD_BITS = 16 + 16
+"""Calibrated minimum and maximum of one channel, the same for every sequence."""
 
 MethodType = TypeVar("MethodType", bound="type[Method]")
 _METHODS: dict[str, type[Method]] = {}
+_BUILT_IN = ("dense", "uniform", "prune", "codebook", "rotated")
+"""The order in which our own methods are listed, whichever module was imported first; those of others follow."""
 
 
 class Method(ABC):
@@ -72,7 +75,17 @@ class Method(ABC):
         """The name that parse_name turns into this method (without its modifiers) for that kind."""
 
     @abstractmethod
-    def simulate(self, x: Any, out: Any, *, kind: Kind, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
+    def simulate(
+        self,
+        x: Any,
+        out: Any,
+        *,
+        kind: Kind,
+        protected_tokens: int,
+        mode: Mode,
+        head_dim: int | None,
+        tables: LayerCalibration | None = None,
+    ) -> int:
         """Writes to out what x looks like after compression, and returns the bits it would take.
 
         Args:
@@ -80,12 +93,29 @@ class Method(ABC):
             out: shape, type and device of x; x itself is allowed.
             kind: `key` or `value`: which of the two x is.
             protected_tokens: this many first tokens of each sequence come back unchanged.
-            mode: `oracle` or `causal`.
+            mode: `oracle`, `causal` or `calibrated`; only one that knows_mode.
             head_dim: channels of a head; None treats a row as one head.
+            tables: what a calibration knows of this layer and kind; given where needs_tables.
 
         Raises:
             ValueError: from the native operation, with both values.
         """
+
+    def knows_mode(self, mode: Mode) -> bool:
+        """Whether the method exists in a mode; `calibrated` asks for static ranges where statistics span tokens."""
+        return mode != "calibrated"
+
+    def needs_tables(self, mode: Mode) -> bool:
+        """True when simulate reads a calibration in that mode."""
+        return False
+
+    def check_tables(self, tables: LayerCalibration, outlier_fraction: float, mode: Mode) -> None:
+        """Raises ValueError where a calibration, whose thresholds leave outlier_fraction outside, lacks something."""
+        return None
+
+    def table_bits(self, channels: int, mode: Mode) -> int:
+        """Bits of the static tables of one layer and kind, which every token of a cache shares."""
+        return 0
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raises NotImplementedError, with what exists, where the method does not exist for such heads."""
@@ -121,8 +151,9 @@ def register_method(method: MethodType) -> MethodType:
 
 
 def registered_methods() -> tuple[type[Method], ...]:
-    """All known methods, in the order they were registered."""
-    return tuple(_METHODS.values())
+    """All known methods: the built-in ones in their fixed order, then others as they were registered."""
+    built_in = [_METHODS[name] for name in _BUILT_IN if name in _METHODS]
+    return (*built_in, *(method for method in _METHODS.values() if method not in built_in))
 
 
 def method_from_json(data: Any, where: str) -> Method:
@@ -199,132 +230,19 @@ class DenseMethod(Method):
     def name_for(self, kind: Kind) -> str:
         return "fp16"
 
-    def simulate(self, x: Any, out: Any, *, kind: Kind, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
+    def knows_mode(self, mode: Mode) -> bool:
+        return True
+
+    def simulate(
+        self,
+        x: Any,
+        out: Any,
+        *,
+        kind: Kind,
+        protected_tokens: int,
+        mode: Mode,
+        head_dim: int | None,
+        tables: LayerCalibration | None = None,
+    ) -> int:
         out[...] = x
         return DENSE_BITS * count_elements(x)
-
-
-@register_method
-@dataclass(frozen=True)
-class UniformMethod(Method):
-    """One uniform grid per vector, as KVQuant (whole vectors, keys before RoPE) and KIVI (groups, after) use it.
-
-    Attributes:
-        bits: 2, 3, 4, 8 or 16 (16 copies every bit).
-        axis: `per_channel` (a vector is a channel over tokens) or `per_token` (a token over all channels).
-        group: elements of a vector that share a scale; None: all of them.
-        offset: `floating`, or `clamp` for an integer zero point.
-        outlier_fraction: share of each vector kept exactly, 0 <= fraction < 1.
-        position: `pre_rope` (output of k_proj) or `post_rope` (what the cache holds).
-
-    Source: docs/numerics.md section 4; Hooper et al. 2024, "KVQuant"; Liu et al. 2024, "KIVI".
-    """
-
-    method_name: ClassVar[str] = "uniform"
-    refuses_nonfinite: ClassVar[bool] = True
-    bits: int
-    axis: Literal["per_channel", "per_token"]
-    group: int | None = None
-    offset: Literal["floating", "clamp"] = "floating"
-    outlier_fraction: float = 0.0
-    position: Literal["pre_rope", "post_rope"] = "pre_rope"
-
-    def __post_init__(self) -> None:
-        check_choice("bits", self.bits, UNIFORM_BITS)
-        check_choice("axis", self.axis, ("per_channel", "per_token"))
-        check_choice("offset", self.offset, ("floating", "clamp"))
-        check_choice("position", self.position, ("pre_rope", "post_rope"))
-        if self.group is not None:
-            check_int("group", self.group, 1, 2**31 - 1)
-        fraction = self.outlier_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
-            raise ValueError(f"outlier_fraction is {fraction!r}; it is at least 0 and below 1 (0 % to 100 %)")
-        # One zero and one type, so that equal policies have one text.
-        object.__setattr__(self, "outlier_fraction", float(fraction) + 0.0)
-        if self.bits == DENSE_BITS and (self.outlier_fraction or self.offset != "floating"):
-            raise ValueError("16 bits copy every bit: outliers and clamp are for 2, 3, 4 or 8 bits")
-
-    @property
-    def stage(self) -> Stage:
-        return "none" if self.bits == DENSE_BITS else self.position
-
-    @classmethod
-    def presets(cls) -> dict[str, str]:
-        layout = "keys per channel before RoPE, values per token (KVQuant layout)"
-        presets = {f"int{bits}": f"{bits}-bit grid, {layout}" for bits in (8, 4, 3, 2)}
-        presets |= {f"{name}+1%": f"{text}, 1 % of each vector exact" for name, text in list(presets.items())}
-        for bits in reversed(KIVI_BITS):
-            presets[f"kivi-{bits}"] = (
-                f"{bits}-bit grids of {KIVI_GROUP}, keys per channel after RoPE, values per token (KIVI layout)"
-            )
-        return presets
-
-    @classmethod
-    def parse_name(cls, name: str) -> tuple[Method, Method] | None:
-        if match := re.fullmatch(r"int(\d{1,9})", name, re.ASCII):
-            bits = int(match[1])
-            check_choice("bits", bits, UNIFORM_BITS)
-            return cls(bits, "per_channel"), cls(bits, "per_token")
-        if match := re.fullmatch(r"kivi-(\d{1,9})", name, re.ASCII):
-            bits = int(match[1])
-            check_choice("bits", bits, KIVI_BITS)
-            return (
-                cls(bits, "per_channel", KIVI_GROUP, position="post_rope"),
-                cls(bits, "per_token", KIVI_GROUP, position="post_rope"),
-            )
-        pattern = r"uniform-(\d{1,9})-(per_channel|per_token)-(all|\d{1,10})-(pre_rope|post_rope)"
-        if match := re.fullmatch(pattern, name, re.ASCII):
-            group = None if match[3] == "all" else int(match[3])
-            method = cls(int(match[1]), match[2], group, position=match[4])  # type: ignore[arg-type]
-            return method, method
-        return None
-
-    def name_for(self, kind: Kind) -> str:
-        plain = replace(self, offset="floating", outlier_fraction=0.0)
-        short = [f"int{self.bits}"] + ([f"kivi-{self.bits}"] if self.bits in KIVI_BITS else [])
-        for name in short:
-            pair = self.parse_name(name)
-            if pair and pair[kind == "value"] == plain:
-                return name
-        return f"uniform-{self.bits}-{self.axis}-{self.group or 'all'}-{self.position}"
-
-    def modifiers(self) -> tuple[str, ...]:
-        found = []
-        if self.outlier_fraction:
-            # Decimal of the shortest text: exact both ways, where fraction * 100 would not be.
-            percent = (Decimal(repr(self.outlier_fraction)) * 100).normalize()
-            found.append(f"{percent:f}%")
-        if self.offset == "clamp":
-            found.append("clamp")
-        return tuple(found)
-
-    def with_modifier(self, modifier: str) -> Method | None:
-        if modifier == "clamp":
-            return replace(self, offset="clamp")
-        if match := re.fullmatch(r"(-?\d+(?:\.\d+)?)%", modifier, re.ASCII):
-            percent = Decimal(match[1])
-            if not 0 < percent < 100:
-                raise ValueError(f"outliers are {match[1]} %; they are more than 0 % and below 100 %")
-            return replace(self, outlier_fraction=float(percent / 100))
-        return None
-
-    def simulate(self, x: Any, out: Any, *, kind: Kind, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
-        from kvpack import ops  # here, so that policies can be read and written without the native library
-
-        if self.bits == DENSE_BITS:
-            out[...] = x
-            return DENSE_BITS * count_elements(x)
-        _, counts = ops.simulate_uniform(
-            x,
-            self.bits,
-            axis=self.axis,
-            group=self.group,
-            offset=self.offset,
-            mode=mode,
-            outlier_fraction=self.outlier_fraction,
-            protected_tokens=protected_tokens,
-            out=out,
-        )
-        per_vector = VECTOR_BITS + (OUTLIER_START_BITS if self.outlier_fraction else 0)
-        compressed = self.bits * counts.quantized + per_vector * counts.vectors + OUTLIER_BITS * counts.outliers
-        return compressed + DENSE_BITS * (count_elements(x) - counts.quantized)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from kvpack.methods import (
     count_elements,
     register_method,
 )
+
+if TYPE_CHECKING:
+    from kvpack.calibrate.calibration import LayerCalibration
 
 CODE_BITS = (1, 2, 4, 8)
 """Bits of a survivor as a code; DENSE_BITS keeps it as a 16-bit float."""
@@ -108,10 +111,20 @@ class PruneMethod(Method):
             dims = ", ".join(map(str, TILE_HEAD_DIMS))
             raise NotImplementedError(f"{self.name_for('key')} exists for head_dim {dims}, not for {head_dim}")
 
-    def simulate(self, x: Any, out: Any, *, kind: Kind, protected_tokens: int, mode: Mode, head_dim: int | None) -> int:
+    def simulate(
+        self,
+        x: Any,
+        out: Any,
+        *,
+        kind: Kind,
+        protected_tokens: int,
+        mode: Mode,
+        head_dim: int | None,
+        tables: LayerCalibration | None = None,
+    ) -> int:
         head_dim = x.shape[-1] if head_dim is None else head_dim
         self.check_head_dim(head_dim)
-        _refuse_unfit(x, protected_tokens, self._largest(x, head_dim))
+        refuse_unfit(x, protected_tokens, self._largest(x, head_dim))
         if head_dim not in TILE_HEAD_DIMS:
             return self._prune(x, out, protected_tokens, head_dim)
         first = min(protected_tokens, x.shape[-2])
@@ -154,7 +167,7 @@ class PruneMethod(Method):
         return DENSE_BITS * counts.kept + pruned + DENSE_BITS * (count_elements(x) - pruned)
 
 
-def _refuse_unfit(x: Any, first: int, limit: float) -> None:
+def refuse_unfit(x: Any, first: int, limit: float = float("inf")) -> None:
     """Raises for the first value from token `first` on that is not finite or not below the limit."""
     part = x[..., first:, :]
     bad = ~(abs(part) < limit)

@@ -12,8 +12,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from kvpack import mustafar as _mustafar  # noqa: F401  (registers its method; its names come after those of methods)
+from kvpack import codebook_methods as _codebook  # noqa: F401  (these register their methods)
+from kvpack import mustafar as _mustafar  # noqa: F401
+from kvpack import rotated as _rotated  # noqa: F401
+from kvpack import uniform as _uniform  # noqa: F401
 from kvpack.methods import (
+    MODES,
     Kind,
     Method,
     Mode,
@@ -38,7 +42,7 @@ JSON_VERSION = 2
 """2 added `layers`, and `bits` to the method `prune`; documents of version 1 are read as they were meant."""
 
 _LARGEST_COUNT = 2**31 - 1
-_EXAMPLE_MODIFIERS = ("1%", "clamp", "kth_value", "sink", "sink4", "window32", "causal")
+_EXAMPLE_MODIFIERS = ("1%", "clamp", "kth_value", "sink", "sink4", "window32", "causal", "calibrated", "qnorm")
 _HOW_TO_LIST = "kvpack.list_presets() and docs/policies.md list all of them"
 
 
@@ -51,7 +55,8 @@ class Policy:
         value: method of the values.
         sink: this many first tokens of every sequence stay exact and are in no statistic.
         window: this many most recent tokens stay exact.
-        mode: `oracle` (statistics of the whole sequence) or `causal` (complete groups of at most 64 past tokens).
+        mode: `oracle` (statistics of the whole sequence), `causal` (complete groups of at most 64 past tokens), or
+            `calibrated` (static ranges of channels from a calibration; a token's own ranges as in the others).
         layers: layers with methods of their own, in canonical order; sink, window and mode hold for all layers.
 
     Raises:
@@ -69,8 +74,15 @@ class Policy:
         check_methods(self.key, self.value)
         check_int("sink", self.sink, 0, _LARGEST_COUNT)
         check_int("window", self.window, 0, _LARGEST_COUNT)
-        check_choice("mode", self.mode, ("oracle", "causal"))
+        check_choice("mode", self.mode, MODES)
         object.__setattr__(self, "layers", normal_overrides(self.layers))
+        for part in (self, *self.layers):
+            for kind, method in (("key", part.key), ("value", part.value)):
+                if not method.knows_mode(self.mode):
+                    raise ValueError(
+                        f"mode is {self.mode!r}, which {method.name_for(kind)} lacks for {kind}s; it exists for intB, "
+                        "nuqB and nfB, whose ranges of channels before RoPE a calibration holds"
+                    )
 
     @property
     def name(self) -> str:
@@ -81,6 +93,11 @@ class Policy:
     def is_exact(self) -> bool:
         """True when nothing changes: the methods of every layer keep every bit."""
         return all(part.key.stage == part.value.stage == "none" for part in (self, *self.layers))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True when a method of some layer reads a calibration."""
+        return any(method.needs_tables(self.mode) for part in (self, *self.layers) for method in (part.key, part.value))
 
     def method_for(self, kind: Kind, layer: int | None = None) -> Method:
         """The method of `key` or `value`; of one layer where the policy differs by layer.
@@ -121,7 +138,7 @@ class Policy:
         """The one-line form, from which parse_policy makes an equal policy."""
         scheme = [f"sink{self.sink if self.sink > 1 else ''}"] if self.sink else []
         scheme += [f"window{self.window}"] if self.window else []
-        scheme += ["causal"] if self.mode == "causal" else []
+        scheme += [self.mode] if self.mode != "oracle" else []
         return ";".join((methods_text(self.key, self.value, scheme), *(part.to_text() for part in self.layers)))
 
     def to_json(self) -> dict[str, Any]:
@@ -210,7 +227,8 @@ def _parse_layers(text: str) -> LayerOverride:
     policy = _parse_one(spec)
     if (policy.sink, policy.window, policy.mode) != (0, 0, "oracle"):
         raise ValueError(
-            f"{text.strip()!r}: sink, window and causal hold for all layers; they stand before the first ';'"
+            f"{text.strip()!r}: sink, window, causal and calibrated hold for all layers; "
+            "they stand before the first ';'"
         )
     try:
         return LayerOverride(ranges, policy.key, policy.value)
@@ -241,7 +259,7 @@ def _parse_split(text: str) -> Policy:
             (_, value), value_scheme = _parse_spec(specs["v"])
             if key_scheme != value_scheme:
                 raise ValueError(
-                    f"{text!r}: sink, window and causal hold for keys and values together, but k has "
+                    f"{text!r}: sink, window, causal and calibrated hold for keys and values together, but k has "
                     f"{key_scheme or 'none'} and v has {value_scheme or 'none'}"
                 )
             return Policy(key, value, **key_scheme)
@@ -272,18 +290,20 @@ def _parse_name(name: str) -> tuple[Method, Method]:
 
 
 def _read_scheme_modifier(modifier: str, scheme: dict[str, Any], spec: str) -> bool:
-    """Takes `sink[N]`, `windowN` or `causal` into scheme; False for any other modifier."""
-    match = re.fullmatch(r"(sink|window|causal)(-?\d{0,12})", modifier, re.ASCII)
+    """Takes `sink[N]`, `windowN`, `causal` or `calibrated` into scheme; False for any other modifier."""
+    match = re.fullmatch(r"(sink|window|causal|calibrated)(-?\d{0,12})", modifier, re.ASCII)
     if match is None:
         return False
     name, number = match[1], match[2]
-    field: Literal["sink", "window", "mode"] = "mode" if name == "causal" else name  # type: ignore[assignment]
+    is_mode = name in MODES
+    field: Literal["sink", "window", "mode"] = "mode" if is_mode else name  # type: ignore[assignment]
     if field in scheme:
-        raise ValueError(f"{spec!r} has {name} twice")
-    if name == "causal":
+        first = f", after {scheme['mode']}" if is_mode and scheme["mode"] != name else " twice"
+        raise ValueError(f"{spec!r} has {name}{first}" + ("; a policy has one mode" if first != " twice" else ""))
+    if is_mode:
         if number:
             return False
-        scheme[field] = "causal"
+        scheme[field] = name
         return True
     if not number and name == "window":
         raise ValueError(f"{spec!r}: window needs its number of tokens, as in window32")

@@ -5,13 +5,17 @@ The door to the native operations for policies; kvpack.models.hooks uses it insi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvpack.methods import DENSE_BITS, Kind, Mode, check_choice, check_int
+from kvpack.calibration_checks import find_tables
+from kvpack.methods import DENSE_BITS, MODES, Kind, Mode, check_choice, check_int
 from kvpack.policy import Policy, as_policy
+
+if TYPE_CHECKING:
+    from kvpack.calibrate import Calibration
 
 _FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -22,21 +26,30 @@ class BitsTally:
 
     Attributes:
         elements: key and value elements counted so far.
-        bits: what they take together.
+        bits: what they take together, tables included.
+        table_bits: the part of bits that static tables take (codebooks, calibrated ranges), once for each sequence,
+            whose tokens share them. Caches of several sequences could share one copy; that is not counted on.
     """
 
     elements: int = 0
     bits: int = 0
+    table_bits: int = 0
 
-    def add(self, elements: int, bits: int) -> None:
-        """Counts `elements` more elements, which take `bits` together."""
+    def add(self, elements: int, bits: int, table_bits: int = 0) -> None:
+        """Counts `elements` more elements, which take `bits` together, `table_bits` of them for tables."""
         self.elements += elements
         self.bits += bits
+        self.table_bits += table_bits
 
     @property
     def bits_per_element(self) -> float:
         """The honest average; 16.0 while nothing was counted, since then nothing was compressed."""
         return self.bits / self.elements if self.elements else float(DENSE_BITS)
+
+    @property
+    def table_bits_per_element(self) -> float:
+        """The part of bits_per_element that static tables take."""
+        return self.table_bits / self.elements if self.elements else 0.0
 
 
 def simulate_tensor(
@@ -47,6 +60,7 @@ def simulate_tensor(
     mode: Mode | None = None,
     head_dim: int | None = None,
     layer: int | None = None,
+    calibration: Calibration | None = None,
     out: Any = None,
     tally: BitsTally | None = None,
 ) -> Any:
@@ -61,9 +75,10 @@ def simulate_tensor(
             float32 or float64, any strides; channels are those of all heads, one head after another. Never changed.
         policy: a Policy or its text, as "int4+1%+sink".
         kind: `key` or `value`: which of the policy's two methods.
-        mode: `oracle` or `causal`; None takes the policy's.
+        mode: `oracle`, `causal` or `calibrated`; None takes the policy's.
         head_dim: channels of one head, for methods that work per head (pruning); None treats a row as one head.
-        layer: number of the layer, for a policy that differs by layer.
+        layer: number of the layer, for a policy that differs by layer or needs a calibration.
+        calibration: codebooks and ranges, for a policy that needs them (nuqB, and intB and nfB with +calibrated).
         out: where to write, shape, type and device of x; None allocates. x itself is allowed, and then is changed.
         tally: counts the elements and bits of this call, if given.
 
@@ -72,16 +87,18 @@ def simulate_tensor(
 
     Raises:
         ValueError: bad shapes or numbers, unknown policy, a value that is not finite, with its coordinate; a policy
-            that differs by layer without `layer`.
+            that differs by layer without `layer`, or needs a calibration that is missing or does not fit.
         NotImplementedError: codes of Mustafar for a head_dim that tiles do not exist for.
         TypeError: x is no torch or numpy tensor of these types.
 
     Source: docs/numerics.md sections 1 and 4.
     """
     policy = as_policy(policy)
+    if mode is not None:
+        check_choice("mode", mode, MODES)
+        policy = replace(policy, mode=mode)
+    mode = policy.mode
     method = policy.method_for(kind, layer)
-    mode = policy.mode if mode is None else mode
-    check_choice("mode", mode, ("oracle", "causal"))
     if head_dim is not None:
         check_int("head_dim", head_dim, 1, 2**31 - 1)
     _check_input(x, head_dim)
@@ -89,17 +106,22 @@ def simulate_tensor(
     out = _empty_like(x) if out is None else _check_out(x, out)
     tokens = x.shape[-2]
     compressed = tokens - policy.window
-    bits = 0
+    tables = find_tables(policy, calibration, kind, layer, x.shape[-1])
+    bits = table_bits = 0
     if method.stage == "none" or compressed <= policy.sink or 0 in x.shape:
         compressed = 0
     else:
         inner, inner_out = (x, out) if policy.window == 0 else (x[..., :compressed, :], out[..., :compressed, :])
-        bits = method.simulate(inner, inner_out, kind=kind, protected_tokens=policy.sink, mode=mode, head_dim=head_dim)
+        bits = method.simulate(
+            inner, inner_out, kind=kind, protected_tokens=policy.sink, mode=mode, head_dim=head_dim, tables=tables
+        )
+        table_bits = method.table_bits(x.shape[-1], mode) * (x.shape[0] if len(x.shape) == 3 else 1)
     if compressed < tokens:
         out[..., compressed:, :] = x[..., compressed:, :]
     if tally is not None:
         elements = int(np.prod(x.shape, dtype=np.int64))
-        tally.add(elements, bits + DENSE_BITS * (elements - elements // max(tokens, 1) * compressed))
+        exact = elements - elements // max(tokens, 1) * compressed
+        tally.add(elements, bits + table_bits + DENSE_BITS * exact, table_bits)
     return out
 
 

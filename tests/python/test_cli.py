@@ -141,7 +141,7 @@ def test_eval_of_one_segment_says_that_there_is_no_interval(model_folder: Path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--policy", "int5"), "int5"),
+        (("--policy", "int6"), "int6"),
         ((), "no policy given"),
         (("--policy", "int4", "--datasets", "wikitxt2"), "did you mean wikitext2?"),
         (("--policy", "int4", "--seqlen", "4096"), "seqlen is 4096; tiny has 128 positions"),

@@ -287,7 +287,7 @@ def test_starting_over_an_interrupted_run_is_said(request_for, tmp_path: Path) -
     ("change", "message"),
     [
         ({"policies": ()}, "no policy given"),
-        ({"policies": ("int5",)}, "int5"),
+        ({"policies": ("int6",)}, "int6"),
         ({"policies": ("itn4",)}, "int4"),
         ({"datasets": ("wikitext",)}, r"unknown dataset 'wikitext'; did you mean wikitext2\?"),
         ({"text_files": ("/no/such/text",)}, "text file /no/such/text cannot be read: No such file"),

@@ -366,8 +366,8 @@ def test_encoder_decoders_shared_layers_and_other_things_are_refused():
         simulate(model, "int4")
     with pytest.raises(TypeError, match="str"):
         simulate("llama", "int4")
-    with pytest.raises(ValueError, match="int5"):
-        simulate(make_model(), "int5")
+    with pytest.raises(ValueError, match="int6"):
+        simulate(make_model(), "int6")
 
 
 def test_a_layer_that_goes_around_its_projection_is_not_taken_for_simulated():
@@ -396,3 +396,26 @@ def test_half_precision_models_work(policy, dtype):
     with simulate(model, policy):
         logits = logits_of(model, ids)
     assert logits.dtype == dtype and logits.isfinite().all()
+
+
+def test_attention_errors_compare_what_attention_puts_out():
+    model, ids = make_model(), make_ids()
+    outputs: dict[str, list[torch.Tensor]] = {}
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.register_forward_pre_hook(lambda m, args: outputs.setdefault("all", []).append(args[0].clone()))
+    logits_of(model, ids)
+    dense = outputs["all"].pop()
+    for policy in ("int3", "kivi-2", "k:mustafar-50,v:fp16", "int3+window16"):
+        outputs["all"] = []
+        with simulate(model, policy, measure_errors=True) as simulation:
+            logits_of(model, ids)
+        # Layer 0 sees the same queries with and without simulation, so the uncompressed model is its oracle.
+        expected = ((dense - outputs["all"][-1]).double() ** 2).sum() / (dense.double() ** 2).sum()
+        assert [e["layer"] for e in simulation.attention_errors] == [0, 1]
+        assert simulation.attention_errors[0]["relative_error"] == pytest.approx(expected.item(), rel=1e-4)
+    with simulate(model, "int3;layers0=fp16", measure_errors=True) as simulation:
+        logits_of(model, ids)
+    assert [e["layer"] for e in simulation.attention_errors] == [1]
+    with simulate(model, "int3") as simulation:
+        logits_of(model, ids)
+    assert simulation.attention_errors == []

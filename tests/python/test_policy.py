@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpack.methods import UNIFORM_BITS, DenseMethod, Method, UniformMethod, register_method
+from kvpack.codebook_methods import CODEBOOK_BITS, CodebookMethod
+from kvpack.methods import DenseMethod, Method, register_method
 from kvpack.mustafar import CODE_BITS, PruneMethod
 from kvpack.overrides import LARGEST_LAYER, LayerOverride
 from kvpack.policy import Policy, list_presets, parse_policy
+from kvpack.rotated import ROTATED_BITS, RotatedMethod
+from kvpack.uniform import UNIFORM_BITS, UniformMethod
 
 dense = st.just(DenseMethod())
 pruned = st.builds(
@@ -28,9 +31,22 @@ uniform = st.builds(
     st.sampled_from(["floating", "clamp"]),
     st.just(0.0) | st.sampled_from([0.01, 0.005, 0.29]) | st.floats(0, 1, exclude_max=True),
     st.sampled_from(["pre_rope", "post_rope"]),
+    st.booleans(),
+)
+codebooks = st.builds(
+    CodebookMethod,
+    st.sampled_from(CODEBOOK_BITS),
+    st.sampled_from(["per_channel", "per_token"]),
+    st.sampled_from(["calibrated", "normal_float"]),
+    st.just(False),
+    st.sampled_from([0.0, 0.01, 0.005]),
+    st.booleans(),
+) | st.builds(CodebookMethod, st.sampled_from(CODEBOOK_BITS), st.just("per_channel"), norm=st.just(True))
+rotated = st.builds(
+    RotatedMethod, st.sampled_from(ROTATED_BITS), st.sampled_from(["pre_rope", "post_rope"]), st.integers(0, 2**31 - 1)
 )
 exact_grid = st.builds(UniformMethod, st.just(16), st.sampled_from(["per_channel", "per_token"]))
-methods = dense | pruned | uniform | exact_grid
+methods = dense | pruned | uniform | exact_grid | codebooks | rotated
 counts = st.sampled_from([0, 1, 2, 32]) | st.integers(0, 2**31 - 1)
 
 
@@ -76,8 +92,11 @@ def test_any_text_is_a_policy_or_a_value_error(text):
 
 
 def test_presets_are_the_documented_ones_and_their_own_canonical_text():
-    names = ["fp16", "int8", "int4", "int3", "int2", "int8+1%", "int4+1%", "int3+1%", "int2+1%"]
+    names = ["fp16", "int8", "int5", "int4", "int3", "int2"]
+    names += ["int8+1%", "int5+1%", "int4+1%", "int3+1%", "int2+1%"]
     names += ["kivi-4", "kivi-2", "mustafar-50", "mustafar-70", "mustafar-50-q4", "mustafar-70-q4", "mustafar-70-q2"]
+    names += ["nuq4", "nuq4+1%", "nuq3", "nuq3+1%", "nuq2", "nuq2+1%", "nf4", "nf3", "nf2"]
+    names += ["turbo-4", "turbo-3", "turbo-2"]
     assert list(list_presets()) == names
     for name, description in list_presets().items():
         assert parse_policy(name).to_text() == name
@@ -175,13 +194,13 @@ def test_sink_alone_means_the_first_token():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int5", ["int5", "5", "2, 3, 4, 8, 16"]),
+        ("int6", ["int6", "6", "2, 3, 4, 5, 8, 16"]),
         ("kivi-3", ["kivi-3", "3", "2, 4"]),
-        ("uniform-7-per_token-all-pre_rope", ["7", "2, 3, 4, 8, 16"]),
+        ("uniform-7-per_token-all-pre_rope", ["7", "2, 3, 4, 5, 8, 16"]),
         ("imt4", ["imt4", "int4", "list_presets"]),
         ("mustafa-50", ["mustafa-50", "mustafar-50"]),
         ("INT4", ["INT4", "int4"]),
-        ("turbo", ["turbo", "fp16", "kivi-2"]),
+        ("turbo", ["turbo", "turbo-4"]),
         ("", ["unknown policy ''"]),
         ("int4+", ["unknown modifier ''"]),
         ("int4+widow32", ["widow32", "window32"]),
@@ -212,7 +231,7 @@ def test_sink_alone_means_the_first_token():
         ("int4;layers0-10000=int8", ["10000", "9999"]),
         ("int4;layers0-3,2=int8", ["layer 2 is given twice", "0-3", "2-2"]),
         ("int4;layers0-3=int8;layers3-5=int2", ["layer 3 is given twice", "layers0-3=int8", "layers3-5=int2"]),
-        ("int4;layers0=int5", ["int5", "2, 3, 4, 8, 16"]),
+        ("int4;layers0=int6", ["int6", "2, 3, 4, 5, 8, 16"]),
         ("int4;layers0=imt4", ["imt4", "int4"]),
         ("int4;layers0=", ["unknown policy ''"]),
         ("int4+sink;layers0=int8+sink", ["layers0=int8+sink", "before the first ';'"]),
@@ -222,6 +241,18 @@ def test_sink_alone_means_the_first_token():
         ("int4+1%+2%", ["twice"]),
         ("int4+sink+sink4", ["sink twice"]),
         ("int4+causal+causal", ["causal twice"]),
+        ("int4+causal+calibrated", ["calibrated, after causal", "one mode"]),
+        ("int4+calibrated2", ["unknown modifier 'calibrated2'"]),
+        ("kivi-2+calibrated", ["kivi-2 lacks", "intB, nuqB"]),
+        ("turbo-3+calibrated", ["turbo-3 lacks"]),
+        ("int4+calibrated;layers0=mustafar-50", ["mustafar-50 lacks"]),
+        ("nuq8", ["nuq8", "2, 3, 4, 5"]),
+        ("nf4+qnorm", ["qnorm", "nuq"]),
+        ("nuq3+clamp", ["no modifier 'clamp'"]),
+        ("turbo-5", ["turbo-5", "2, 3, 4"]),
+        ("turbo-3+1%", ["no modifier '1%'"]),
+        ("turbo-3+seed0", ["seed is 0"]),
+        ("int16+compat", ["16 bits copy every bit"]),
         ("mustafar-100", ["100", "0 to 99"]),
         ("mustafar--1", ["-1", "0 to 99"]),
         ("k:int4", ["k:SPEC,v:SPEC"]),
@@ -240,7 +271,7 @@ def test_bad_text_is_refused_with_words_that_help(text, words):
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: UniformMethod(5, "per_token"), "bits is 5"),
+        (lambda: UniformMethod(6, "per_token"), "bits is 6"),
         (lambda: UniformMethod(True, "per_token"), "bits is True"),
         (lambda: UniformMethod(4, "per_head"), "per_head"),
         (lambda: UniformMethod(4, "per_token", 0), "group is 0"),
@@ -286,7 +317,7 @@ def test_impossible_parameters_are_refused(make, word):
         (lambda d: d.update(colour="red"), "colour"),
         (lambda d: d.pop("sink"), "sink"),
         (lambda d: d["key"].update(bit=4), "bit"),
-        (lambda d: d["key"].update(bits=5), "bits is 5"),
+        (lambda d: d["key"].update(bits=6), "bits is 6"),
         (lambda d: d["key"].update(bits="4"), "bits is '4'"),
         (lambda d: d["key"].pop("bits"), "bits"),
         (lambda d: d["value"].update(method="magic"), "magic"),

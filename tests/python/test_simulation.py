@@ -233,7 +233,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_coordinate():
         ({"mode": "future"}, ValueError, "future.*oracle, causal"),
         ({"head_dim": 3}, ValueError, "4.*3"),
         ({"head_dim": 0}, ValueError, "head_dim is 0"),
-        ({"policy": "int5"}, ValueError, "int5"),
+        ({"policy": "int6"}, ValueError, "int6"),
         ({"policy": 4}, TypeError, "int"),
         ({"out": np.zeros((4, 5), np.float32)}, ValueError, r"\(4, 5\).*\(4, 4\)"),
         ({"out": np.zeros((4, 4), np.float16)}, ValueError, "float16.*float32"),

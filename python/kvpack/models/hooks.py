@@ -6,33 +6,40 @@ made by kvpack.simulation; which modules take part is decided in layers.py.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from kvpack import ops
+from kvpack.calibration_checks import as_calibration, check_calibration
 from kvpack.methods import DENSE_BITS, Kind
 from kvpack.models.attention import intercept_attention
+from kvpack.models.calls import WHOLE_SEQUENCES, CallGuard, callers_of
 from kvpack.models.layers import AttentionLayer, find_attention_layers
 from kvpack.models.window import attend_with_window
 from kvpack.policy import Policy, as_policy
 from kvpack.simulation import BitsTally, simulate_tensor
 
-_WHOLE_SEQUENCES = (
-    "kvpack.simulate works on whole sequences in one call, since statistics per channel over the one or few tokens of "
-    "a later call would be exact and flatter the result"
-)
+if TYPE_CHECKING:
+    from kvpack.calibrate import Calibration
+
 _ACTIVE: dict[nn.Module, str] = {}
 """Every module of the models under simulation, with the text of the policy."""
 
 
-def simulate(model: nn.Module, policy: Policy | str, *, measure_errors: bool = False) -> Simulation:
+def simulate(
+    model: nn.Module,
+    policy: Policy | str,
+    *,
+    calibration: Calibration | str | Path | None = None,
+    measure_errors: bool = False,
+) -> Simulation:
     """Simulates a compressed KV cache inside a transformers model, as a context manager.
 
         with kvpack.simulate(model, "int4+1%+sink") as simulation:
@@ -48,13 +55,16 @@ def simulate(model: nn.Module, policy: Policy | str, *, measure_errors: bool = F
     Args:
         model: a decoder-only transformers model, any device kvpack knows.
         policy: a Policy or its text.
-        measure_errors: compare every layer's keys and values before and after, for `layer_errors`.
+        calibration: a kvpack.calibrate.Calibration or its file, for a policy that needs one (nuqB, +calibrated).
+        measure_errors: compare every layer's keys and values before and after, for `layer_errors`, and what attention
+            puts out with and without compression, for `attention_errors`.
 
     Returns:
         The simulation; enter it to change the model, leave it to restore the model exactly, also after an exception.
 
     Raises:
-        ValueError: unknown policy, or one that names layers which the model lacks; on entering, a model that is under
+        ValueError: unknown policy, one that names layers which the model lacks, or one whose calibration is missing,
+            lacks something, or was made for another model; on entering, a model that is under
             simulation already; in a forward call, keys or values that are not finite ("layer 7 keys: ...").
         NotImplementedError: a model whose keys and values cannot be reached, with what is supported; a method that does
             not exist for a layer's head_dim; in a forward call, a cache that holds tokens already, padding, packed
@@ -62,7 +72,7 @@ def simulate(model: nn.Module, policy: Policy | str, *, measure_errors: bool = F
 
     Source: docs/policies.md.
     """
-    return Simulation(model, as_policy(policy), measure_errors)
+    return Simulation(model, as_policy(policy), measure_errors, as_calibration(calibration))
 
 
 class Simulation:
@@ -76,19 +86,26 @@ class Simulation:
             start the work, not the work.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, measure_errors: bool) -> None:
+    def __init__(
+        self, model: nn.Module, policy: Policy, measure_errors: bool, calibration: Calibration | None = None
+    ) -> None:
         self.policy = policy
         self.tally = BitsTally()
         self.seconds = 0.0
         self._model = model
         self._measure_errors = measure_errors
+        self._calibration = calibration
         self._errors: dict[tuple[int, Kind], list[float]] = {}
+        self._attention_errors: dict[int, list[float]] = {}
         self._undo = ExitStack()
         layers = [] if policy.is_exact and not policy.layers else find_attention_layers(model)
         policy.check_layers({layer.index for layer in layers}, type(model).__name__)
         for layer in layers:
             for method in policy.methods_for(layer.index):
                 method.check_head_dim(layer.head_dim)
+        check_calibration(policy, calibration, {layer.index for layer in layers})
+        if calibration is not None and policy.needs_calibration:
+            calibration.check_model(model)
         self._layers = [] if policy.is_exact else layers
 
     @property
@@ -100,6 +117,18 @@ class Simulation:
         return [
             {"layer": layer, "kind": kind, "relative_error": error / norm if norm else 0.0}
             for (layer, kind), (error, norm) in sorted(self._errors.items())
+        ]
+
+    @property
+    def attention_errors(self) -> list[dict[str, Any]]:
+        """Per layer {"layer", "relative_error"} of what attention puts out, before o_proj; empty unless measure_errors.
+
+        Compared are attention over dense and over simulated keys and values of one layer, for the same queries: those
+        of the simulated model. The error is relative as in layer_errors. Layers that keep every bit are left out.
+        """
+        return [
+            {"layer": layer, "relative_error": error / norm if norm else 0.0}
+            for layer, (error, norm) in sorted(self._attention_errors.items())
         ]
 
     def __enter__(self) -> Simulation:
@@ -124,8 +153,8 @@ class Simulation:
         self._undo.close()
 
     def _install(self, stack: ExitStack) -> None:
-        for module in _callers_of(self._model, self._layers):
-            guard = _CallGuard(is_outermost=module is self._model)
+        for module in callers_of(self._model, self._layers):
+            guard = CallGuard(is_outermost=module is self._model)
             stack.callback(module.register_forward_pre_hook(guard, with_kwargs=True).remove)
         hooks = {layer.module: _LayerHooks(self, layer) for layer in self._layers}
         for layer_hooks in hooks.values():
@@ -143,11 +172,17 @@ class Simulation:
             self.seconds += time.perf_counter() - start
 
     def _record_error(self, layer: int, kind: Kind, x: torch.Tensor, y: torch.Tensor) -> None:
-        # The comparison runs on the host; it is a measurement, not a part of what is measured.
-        error = ops.compare_tensors(x.detach().cpu(), y.cpu())
-        sums = self._errors.setdefault((layer, kind), [0.0, 0.0])
-        sums[0] += error.squared_error
-        sums[1] += error.squared_norm
+        _add_error(self._errors.setdefault((layer, kind), [0.0, 0.0]), x, y)
+
+    def _record_attention_error(self, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        _add_error(self._attention_errors.setdefault(layer, [0.0, 0.0]), x, y)
+
+
+def _add_error(sums: list[float], x: torch.Tensor, y: torch.Tensor) -> None:
+    # The comparison runs on the host; it is a measurement, not a part of what is measured.
+    error = ops.compare_tensors(x.detach().cpu().flatten(2), y.detach().cpu().flatten(2))
+    sums[0] += error.squared_error
+    sums[1] += error.squared_norm
 
 
 class _LayerHooks:
@@ -168,7 +203,12 @@ class _LayerHooks:
     @property
     def needs_attention(self) -> bool:
         """True when keys and values have to be met at the attention call."""
-        return self.policy.key.stage == "post_rope" or self.policy.window > 0
+        return self.policy.key.stage == "post_rope" or self.needs_dense
+
+    @property
+    def needs_dense(self) -> bool:
+        """True when attention also needs keys and values as they are: for a recent window, or to measure its error."""
+        return self.policy.window > 0 or (self.simulation._measure_errors and not self.policy.is_exact)
 
     def install(self, stack: ExitStack) -> None:
         module = self.layer.module
@@ -179,13 +219,13 @@ class _LayerHooks:
         stack.callback(module.v_proj.register_forward_hook(self.after_v_proj).remove)  # type: ignore[union-attr]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuses a filled cache; for a recent window runs the layer once to see its dense keys and values."""
+        """Refuses a filled cache; runs the layer once to see its dense keys and values, where they are needed."""
         for cache in filter(_is_cache, (*args, *kwargs.values())):
             if past := int(cache.get_seq_length(self.layer.index)):
-                raise NotImplementedError(f"the cache holds {past} tokens already; {_WHOLE_SEQUENCES}")
+                raise NotImplementedError(f"the cache holds {past} tokens already; {WHOLE_SEQUENCES}")
         self.seen.clear()
         self.dense = None
-        if self.policy.window:
+        if self.needs_dense:
             with self.simulation._timed():
                 self.dense = self.capture(module, args, kwargs)
 
@@ -225,18 +265,28 @@ class _LayerHooks:
             raise _CapturedError(key, value)
         if key.shape[2] != query.shape[2]:
             raise NotImplementedError(
-                f"attention has {query.shape[2]} queries and {key.shape[2]} keys (a static cache?); {_WHOLE_SEQUENCES}"
+                f"attention has {query.shape[2]} queries and {key.shape[2]} keys (a static cache?); {WHOLE_SEQUENCES}"
             )
         if self.policy.key.stage == "post_rope":
             key = self.simulate_heads(key)
         if self.dense is None:
             return original(query, key, value, attention_mask, **kwargs)
-        with self.simulation._timed():
-            out = attend_with_window(
-                module, query, (key, value), self.dense, attention_mask, window=self.policy.window, **kwargs
-            )
-            self.dense = None
-        return out, None
+        dense, self.dense = self.dense, None
+        exact = None
+        if self.simulation._measure_errors:
+            with self.simulation._timed():
+                exact, _ = original(query, *dense, attention_mask, **kwargs)
+        if self.policy.window:
+            with self.simulation._timed():
+                window = self.policy.window
+                out = attend_with_window(module, query, (key, value), dense, attention_mask, window=window, **kwargs)
+            weights = None
+        else:
+            out, weights = original(query, key, value, attention_mask, **kwargs)
+        if exact is not None:
+            with self.simulation._timed():
+                self.simulation._record_attention_error(self.layer.index, exact, out)
+        return out, weights
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """A layer that goes around its projections or its attention interface must not pass for a simulated one."""
@@ -282,13 +332,17 @@ class _LayerHooks:
         if not self.policy.method_for(kind).refuses_nonfinite and not torch.isfinite(x).all():
             where = torch.nonzero(~torch.isfinite(x))[0].tolist()
             raise ValueError(f"{x[tuple(where)].item()} at [batch, token, channel] {where}; values must be finite")
-        head_dim = self.layer.head_dim
+        where: dict[str, Any] = {
+            "head_dim": self.layer.head_dim,
+            "layer": self.layer.index,
+            "calibration": self.simulation._calibration,
+        }
         tally = self.simulation.tally
         if not self.policy.window:
-            return simulate_tensor(x, self.policy, kind, head_dim=head_dim, tally=tally)
+            return simulate_tensor(x, self.policy, kind, tally=tally, **where)
         # What the cache costs after the last token: the window is dense and in no vector. Only the count is used.
-        simulate_tensor(x, self.policy, kind, head_dim=head_dim, tally=tally)
-        return simulate_tensor(x, self.policy_inside, kind, head_dim=head_dim)
+        simulate_tensor(x, self.policy, kind, tally=tally, **where)
+        return simulate_tensor(x, self.policy_inside, kind, **where)
 
 
 class _CapturedError(Exception):
@@ -310,52 +364,6 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         raise NotImplementedError("kvpack.simulate has no gradient; it measures accuracy, in torch.no_grad()")
-
-
-class _CallGuard:
-    """Refuses calls of a model whose statistics would mix sequences, or padding with text."""
-
-    def __init__(self, is_outermost: bool) -> None:
-        self.is_outermost = is_outermost
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = _named_arguments(module, args, kwargs)
-        mask = arguments.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            if not bool(mask.all()):
-                padded = int((mask == 0).any(dim=1).sum())
-                raise NotImplementedError(
-                    f"attention_mask hides tokens in {padded} of {mask.shape[0]} sequences (padding), which would "
-                    "enter the statistics; pass sequences of equal length, or one at a time"
-                )
-        elif mask is not None and self.is_outermost:
-            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise NotImplementedError(
-                f"attention_mask is {shape}; kvpack.simulate needs [batch, tokens] or None, to see that nothing is "
-                "padding"
-            )
-        positions = arguments.get("position_ids")
-        if isinstance(positions, torch.Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
-            raise NotImplementedError(f"position_ids do not count up by one (packed sequences); {_WHOLE_SEQUENCES}")
-
-
-def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name, positional ones too."""
-    try:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    except TypeError:  # a wrong call: the model says so better
-        return kwargs
-    return {**bound, **kwargs}
-
-
-def _callers_of(model: nn.Module, layers: list[AttentionLayer]) -> list[nn.Module]:
-    """The model and the models inside it that hold attention layers: each can be called on its own."""
-    inside = {layer.module for layer in layers}
-    return [
-        module
-        for module in model.modules()
-        if module is model or (hasattr(module, "config") and module not in inside and inside & set(module.modules()))
-    ]
 
 
 def _is_cache(value: Any) -> bool:

@@ -1,0 +1,93 @@
+"""Whether a calibration fits a policy: one message for each way in which it does not, before weights are loaded.
+
+What a calibration is, and how its own numbers are checked, is kvpack.calibrate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvpack.methods import Kind
+from kvpack.policy import Policy
+
+if TYPE_CHECKING:
+    from kvpack.calibrate import Calibration
+    from kvpack.calibrate.calibration import LayerCalibration
+
+_KINDS: tuple[Kind, ...] = ("key", "value")
+
+
+def as_calibration(calibration: Calibration | str | Path | None) -> Calibration | None:
+    """A calibration as it is, or read from its file.
+
+    Raises:
+        ValueError: the file is missing, no calibration, or torn.
+    """
+    if not isinstance(calibration, (str, Path)):
+        return calibration
+    from kvpack.calibrate import Calibration
+
+    return Calibration.load(calibration)
+
+
+def check_calibration(policy: Policy, calibration: Calibration | None, layers: Collection[int] | None = None) -> None:
+    """Refuses a policy whose calibration is missing or lacks what its methods read.
+
+    Args:
+        policy: whose methods say what they need.
+        calibration: or None where none was given.
+        layers: numbers of the model's layers; None takes those of the calibration.
+
+    Raises:
+        ValueError: the message names the policy, what is missing and what there is.
+    """
+    if not policy.needs_calibration:
+        return
+    if calibration is None:
+        raise ValueError(_missing(policy))
+    for layer in sorted(calibration.layers if layers is None else layers):
+        for kind in _KINDS:
+            find_tables(policy, calibration, kind, layer)
+
+
+def find_tables(
+    policy: Policy, calibration: Calibration | None, kind: Kind, layer: int | None, channels: int | None = None
+) -> LayerCalibration | None:
+    """What a calibration knows of one layer and kind; None where the policy's method reads none.
+
+    Args:
+        policy, calibration, kind, layer: as simulate_tensor.
+        channels: of all KV heads, where they are known.
+
+    Raises:
+        ValueError: as check_calibration; also another number of channels.
+    """
+    method = policy.method_for(kind, layer)
+    if not method.needs_tables(policy.mode):
+        return None
+    if calibration is None:
+        raise ValueError(_missing(policy))
+    if layer is None:
+        raise ValueError(f"policy {policy.name!r} reads a calibration by layer; say which layer it is for")
+    if (layer, kind) not in calibration.parts:
+        have = ", ".join(map(str, calibration.layers)) or "none"
+        raise ValueError(f"{calibration.name} has no {kind}s of layer {layer}; it has layers {have}")
+    tables = calibration.parts[layer, kind]
+    try:
+        method.check_tables(tables, calibration.outlier_fraction, policy.mode)
+    except ValueError as error:
+        raise ValueError(f"{calibration.name} does not fit policy {policy.name!r}: {error}") from error
+    if channels is not None and tables.channels != channels:
+        raise ValueError(
+            f"{calibration.name} has {tables.channels} channels for the {kind}s of layer {layer}; x has {channels}"
+        )
+    return tables
+
+
+def _missing(policy: Policy) -> str:
+    return (
+        f"policy {policy.name!r} needs a calibration: make one with `kvpack calibrate MODEL -o "
+        "FILE.safetensors`, then give --calibration FILE.safetensors (in Python calibration=)"
+    )
