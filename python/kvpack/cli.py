@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kvpack.calibrate.plan import Request as CalibrationRequest
     from kvpack.evaluate.plan import Plan, Request
 
+from kvpack.cli_induction import induction_command
+
 FAILED, BAD_INPUT = 1, 2
 
 app = typer.Typer(
@@ -121,6 +123,12 @@ def eval_command(
         float | None,
         typer.Option(metavar="GIB", help="Memory for the logits of fp16; else half of what is available."),
     ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What kvpack calibrate wrote, for nuq and +calibrated policies.")
+    ] = None,
+    skip: Annotated[
+        str, typer.Option(help="Share of each text, from its start, to leave out, as 25%: what a calibration has seen.")
+    ] = "0%",
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
 ) -> None:
     """Measures what KV cache policies cost MODEL: perplexity, KL and top-1 agreement against fp16, bits per element."""
@@ -129,6 +137,8 @@ def eval_command(
     errors = make_console(stderr=True)
     with _one_message(errors, BAD_INPUT):
         from kvpack.evaluate.plan import Request
+
+        skipped = _parse_share(skip, "skip is")
     request = Request(
         model=model,
         policies=tuple(policy or ()),
@@ -142,6 +152,8 @@ def eval_command(
         resume=resume,
         report_path=report,
         reference_memory_gib=reference_memory,
+        calibration=calibration,
+        skip=skipped,
         command=shlex.join(["kvpack", *sys.argv[1:]]),
     )
     plan = _evaluate(request, errors)
@@ -297,12 +309,15 @@ def _parse_bits(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _parse_share(text: str) -> float:
+def _parse_share(text: str, what: str = "outliers are") -> float:
     """A share as 1% or 0.5%, exactly the number that a policy's `+1%` is."""
     match = re.fullmatch(r"(\d{1,2}(?:\.\d{1,9})?)\s*%", text.strip(), re.ASCII)
     if match is None and text.strip() != "0":
-        raise ValueError(f"outliers are {text!r}; expected a share as 1% or 0.5%, from 0% to below 100%")
+        raise ValueError(f"{what} {text!r}; expected a share as 1% or 0.5%, from 0% to below 100%")
     return float(Decimal(match[1]) / 100) if match else 0.0
+
+
+app.command("induction")(induction_command)
 
 
 @app.command()

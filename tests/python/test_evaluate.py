@@ -128,6 +128,7 @@ def test_the_document_says_what_was_measured(words: Path, request_for) -> None:
             "characters": len(words.read_text()),
             "tokens": len(words.read_text()),
             "segments": 2,
+            "skipped_tokens": 0,
         }
     ]
     assert document["model"].items() >= {"name": "tiny", "layers": 3, "kv_heads": 2, "head_dim": 8}.items()

@@ -8,15 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kvpack import ops
-from kvpack.models.hooks import simulate
+from kvpack.models.hooks import Simulation, simulate
 from kvpack.models.load import LoadedModel
 from kvpack.policy import Policy, parse_policy
+from kvpack.simulation import BitsTally
+
+if TYPE_CHECKING:
+    from kvpack.calibrate import Calibration
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -51,7 +55,9 @@ class Scores:
         kl: mean KL(reference || policy) of each segment, in nats.
         top1: share of positions of each segment where both predict the same token.
         bits: bits per K and V element, everything counted, over all layers and segments.
+        table_bits: the part of bits that codebooks and static ranges take.
         layer_errors: relative squared error per layer and kind, of the first segment.
+        attention_errors: relative squared error of attention's output per layer, of the first segment.
         seconds: where the time went.
     """
 
@@ -59,7 +65,9 @@ class Scores:
     kl: list[float] = field(default_factory=list)
     top1: list[float] = field(default_factory=list)
     bits: float = 16.0
+    table_bits: float = 0.0
     layer_errors: list[dict[str, Any]] = field(default_factory=list)
+    attention_errors: list[dict[str, Any]] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
 
 
@@ -115,6 +123,8 @@ def score_policy(
     segments: np.ndarray,
     policy: Policy | None,
     on_segment: Callable[[int], None] = lambda segment: None,
+    *,
+    calibration: Calibration | None = None,
 ) -> Scores:
     """Measures one policy on one dataset.
 
@@ -125,6 +135,7 @@ def score_policy(
         segments: int64 [segments, seqlen].
         policy: what to simulate, or None for the uncompressed model itself.
         on_segment: called before each segment with its index.
+        calibration: for policies that need one.
 
     Raises:
         EvaluationError: the quantiser refuses (NaN in the keys, say) or predictions are not finite.
@@ -133,34 +144,34 @@ def score_policy(
     """
     scores, started = Scores(), time.perf_counter()
     model_seconds_before = references.model_seconds
-    elements = bits = 0.0
+    tally = BitsTally()
     for index, row in enumerate(segments):
         on_segment(index)
         where = f"policy {policy.name if policy else 'fp16'}, dataset {dataset}, segment {index + 1} of {len(segments)}"
         tokens = torch.from_numpy(row).to(loaded.device)
         logits = reference = references.get(dataset, index, tokens)
         if policy is not None:
-            logits, simulation = _simulated_forward(loaded, policy, tokens, scores, where, measure_errors=index == 0)
-            elements += simulation.tally.elements
-            bits += simulation.tally.bits
+            options = {"calibration": calibration, "measure_errors": index == 0}
+            logits, simulation = _simulated_forward(loaded, policy, tokens, scores, where, **options)
+            tally.add(simulation.tally.elements, simulation.tally.bits, simulation.tally.table_bits)
             if index == 0:
                 scores.layer_errors = list(simulation.layer_errors)
+                scores.attention_errors = list(simulation.attention_errors)
         _add_comparison(scores, reference, logits, tokens[1:])
         if not (np.isfinite(scores.nll[-1]) and np.isfinite(scores.kl[-1])):
             raise EvaluationError(f"{where}: {_why_not_finite(loaded, tokens)}")
-    if elements:
-        scores.bits = bits / elements
+    scores.bits, scores.table_bits = tally.bits_per_element, tally.table_bits_per_element
     scores.seconds.model += references.model_seconds - model_seconds_before
     scores.seconds.total = time.perf_counter() - started
     return scores
 
 
 def _simulated_forward(
-    loaded: LoadedModel, policy: Policy, tokens: torch.Tensor, scores: Scores, where: str, *, measure_errors: bool
-) -> tuple[torch.Tensor, Any]:
+    loaded: LoadedModel, policy: Policy, tokens: torch.Tensor, scores: Scores, where: str, **options: Any
+) -> tuple[torch.Tensor, Simulation]:
     start = time.perf_counter()
     try:
-        with simulate(loaded.model, policy, measure_errors=measure_errors) as simulation:
+        with simulate(loaded.model, policy, **options) as simulation:
             logits = _forward(loaded, tokens)
     except (ValueError, NotImplementedError) as error:
         raise EvaluationError(f"{where}: {error}") from error

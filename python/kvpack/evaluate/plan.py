@@ -5,21 +5,27 @@ The measuring itself is run.py.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvpack.calibration_checks import as_calibration, check_calibration
 from kvpack.evaluate import results, texts
 from kvpack.evaluate.listener import Listener
 from kvpack.evaluate.machine import describe_implementations, describe_machine, describe_versions
 from kvpack.models import load
 from kvpack.policy import Policy, parse_policy
+
+if TYPE_CHECKING:
+    from kvpack.calibrate import Calibration
 
 REFERENCE_POLICY = "fp16"
 
@@ -42,6 +48,8 @@ class Request:
         report_path: where to write the HTML page.
         reference_memory_gib: memory for reference logits; None is half of what is available.
         command: how the user asked, for the document.
+        calibration: a file of `kvpack calibrate`, for policies that need one.
+        skip: share of each text, from its start, that is left out: 0 to below 1; what a calibration has seen, say.
     """
 
     model: str
@@ -57,6 +65,8 @@ class Request:
     report_path: str | Path | None = None
     reference_memory_gib: float | None = None
     command: str = ""
+    calibration: str | Path | None = None
+    skip: float = 0.0
 
 
 @dataclass
@@ -72,6 +82,7 @@ class Plan:
         json_path, report_path: checked.
         seconds: wall time of each part of the run.
         started: clock reading when the checks began.
+        calibration: checked but for the model's weights; None where none was given.
     """
 
     request: Request
@@ -86,6 +97,7 @@ class Plan:
     report_path: Path | None
     seconds: dict[str, float]
     started: float
+    calibration: Calibration | None = None
 
     @property
     def policy_order(self) -> list[str]:
@@ -109,6 +121,7 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
     seconds = dict.fromkeys(("loading", "tokenizing", "model", "kvpack", "metrics"), 0.0)
     policies = _parsed_policies(request.policies)
     _check_numbers(request)
+    calibration = _read_calibration(request, policies, listener)
     names = list(dict.fromkeys(request.datasets)) or ([] if request.text_files else ["pydoc"])
     for name in names:
         texts.check_dataset_name(name)
@@ -124,6 +137,7 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
         if files.num_layers is not None:
             for policy in policies:
                 policy.check_layers(range(files.num_layers), files.name)
+                check_calibration(policy, calibration, range(files.num_layers))
         listener.stage("reading the texts")
         all_texts = [texts.load_text(name) for name in names] + own_texts
         listener.stage("loading the tokenizer")
@@ -132,9 +146,13 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
         listener.stage("tokenising")
         segments, datasets = _cut(all_texts, tokenizer, request)
     document = _new_document(request, files, dtype, device, datasets)
+    if calibration is not None:
+        document["calibration"] = _describe_calibration(request, calibration)
+        _note_seen_tokens(calibration, datasets, request, listener)
     plan = Plan(
-        request, policies, files, tokenizer, dtype, device, segments, document, json_path, report_path, seconds, started
-    )
+        request, policies, files, tokenizer, dtype, device, segments, document, json_path, report_path, seconds,
+        started, calibration,
+    )  # fmt: skip
     if request.resume and existing is not None:
         _resume(plan, existing, listener)
     return plan
@@ -152,11 +170,46 @@ def _check_numbers(request: Request) -> None:
     for name, value, least in (("seqlen", request.seqlen, 2), ("limit", request.limit, 1)):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not 0 <= request.skip < 1:
+        raise ValueError(f"skip is {request.skip}; it is a share from 0 to below 1")
     if request.reference_memory_gib is not None and not request.reference_memory_gib >= 0:
         raise ValueError(f"reference memory is {request.reference_memory_gib} GiB; it must not be negative")
     for name, value, known in (("dtype", request.dtype, load.DTYPES), ("device", request.device, load.DEVICES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it is one of {', '.join(known)}")
+
+
+def _read_calibration(request: Request, policies: list[Policy], listener: Listener) -> Calibration | None:
+    """The calibration, when it has all that the policies read; whether it fits the weights is seen later."""
+    calibration = as_calibration(request.calibration)
+    for policy in policies:
+        check_calibration(policy, calibration)
+    if calibration is not None and not any(policy.needs_calibration for policy in policies):
+        listener.note(f"none of the policies reads {request.calibration}")
+    return calibration
+
+
+def _describe_calibration(request: Request, calibration: Calibration) -> dict[str, Any]:
+    content = Path(str(request.calibration)).expanduser().read_bytes()
+    return {"name": Path(str(request.calibration)).name, "sha256": hashlib.sha256(content).hexdigest()} | {
+        name: calibration.header[name] for name in ("bits", "outlier_fraction", "sink", "weights", "times_half_range")
+    }
+
+
+def _note_seen_tokens(
+    calibration: Calibration, datasets: list[dict[str, Any]], request: Request, listener: Listener
+) -> None:
+    """Says so when a text is measured where it was calibrated, which flatters codebooks."""
+    for dataset in datasets:
+        used = calibration.used_tokens(dataset["sha256"])
+        first = dataset["skipped_tokens"]
+        last = first + dataset["segments"] * request.seqlen
+        if used is not None and used[0] < last and first < used[1]:
+            share = -(-100 * used[1] // dataset["tokens"])
+            listener.note(
+                f"{dataset['name']}: the calibration has seen tokens {used[0]} to {used[1] - 1}, which are measured "
+                f"too; --skip {share}% leaves them out"
+            )
 
 
 def _checked_outputs(request: Request, listener: Listener) -> tuple[Path | None, Path | None, dict[str, Any] | None]:
@@ -182,7 +235,8 @@ def _cut(
     segments, datasets = {}, []
     for text in all_texts:
         token_ids = texts.tokenize(text, tokenizer)
-        segments[text.name] = texts.cut_segments(text.name, token_ids, request.seqlen, request.limit)
+        skipped = math.floor(request.skip * len(token_ids) + 1e-6)
+        segments[text.name] = texts.cut_segments(text.name, token_ids[skipped:], request.seqlen, request.limit)
         datasets.append(
             {
                 "name": text.name,
@@ -190,6 +244,7 @@ def _cut(
                 "characters": len(text.content),
                 "tokens": len(token_ids),
                 "segments": len(segments[text.name]),
+                "skipped_tokens": skipped,
             }
         )
     return segments, datasets
@@ -231,6 +286,8 @@ def _resume(plan: Plan, existing: dict[str, Any], listener: Listener) -> None:
     ]
     if changed:
         listener.note(f"rows of two set-ups in one file: {'; '.join(changed)}")
+    if "calibration" in plan.document:
+        existing.setdefault("calibration", plan.document["calibration"])
     known = {dataset["name"] for dataset in existing["datasets"]}
     existing["datasets"] += [dataset for dataset in plan.document["datasets"] if dataset["name"] not in known]
     existing["resumed"] = [*existing.get("resumed", []), _now()]

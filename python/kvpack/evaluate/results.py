@@ -173,10 +173,15 @@ def check_same_run(found: dict[str, Any], wanted: dict[str, Any], path: Path) ->
     if found["model"].get("fingerprint") != wanted["model"]["fingerprint"]:
         named = [f"{side['model'].get('name')} ({side['model'].get('fingerprint')})" for side in (found, wanted)]
         pairs.insert(0, ("model", *named))
+    if "calibration" in found and "calibration" in wanted:
+        pairs.append(("calibration", *(side["calibration"].get("sha256") for side in (found, wanted))))
     known = {dataset["name"]: dataset for dataset in found["datasets"]}
     for dataset in wanted["datasets"]:
         if (before := known.get(dataset["name"])) is not None:
             pairs += [(f"{key} of {dataset['name']}", before.get(key), dataset[key]) for key in _SAME_DATASET]
+            # Files from before there was --skip lack the field, and skipped nothing.
+            skipped = (before.get("skipped_tokens", 0), dataset.get("skipped_tokens", 0))
+            pairs.append((f"skipped tokens of {dataset['name']}", *skipped))
     different = [f"{name} is {old} in the file and {new} now" for name, old, new in pairs if old != new]
     if different:
         raise ResultsError(f"{path} cannot be resumed: {'; '.join(different)}")

@@ -61,7 +61,7 @@ def _measure(plan: Plan, pending: list[tuple[Policy | None, str]], listener: Lis
         loaded = load.load_weights(plan.files, plan.tokenizer, dtype=plan.dtype, device=plan.device)
         for policy in plan.policies:
             # A policy that does not fit this model is refused now, not after the forwards of those before it.
-            with simulate(loaded.model, policy):
+            with simulate(loaded.model, policy, calibration=plan.calibration):
                 pass
     plan.document["model"] |= {
         "layers": loaded.num_layers,
@@ -77,7 +77,9 @@ def _measure(plan: Plan, pending: list[tuple[Policy | None, str]], listener: Lis
     for policy, dataset in pending:
         segments = plan.segments[dataset]
         heard = _Forwards(references, listener, _name(policy), dataset, len(segments))
-        scores = score_policy(loaded, references, dataset, segments, policy, heard.on_segment)
+        scores = score_policy(
+            loaded, references, dataset, segments, policy, heard.on_segment, calibration=plan.calibration
+        )
         heard.finish()
         row = _row(plan, policy, dataset, scores)
         plan.document["rows"].append(row)
@@ -147,11 +149,13 @@ def _row(plan: Plan, policy: Policy | None, dataset: str, scores: Any) -> dict[s
         "kl": float(np.mean(scores.kl)),
         "top1": float(np.mean(scores.top1)),
         "bits": scores.bits,
+        "table_bits": scores.table_bits,
         "nll": scores.nll,
         "kl_per_segment": scores.kl,
         "top1_per_segment": scores.top1,
         "policy_json": (parse_policy(REFERENCE_POLICY) if policy is None else policy).to_json(),
         "layer_errors": scores.layer_errors,
+        "attention_errors": scores.attention_errors,
         "seconds": {name: round(getattr(scores.seconds, name), 3) for name in ("total", "model", "kvpack", "metrics")},
     }
 

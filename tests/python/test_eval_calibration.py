@@ -1,0 +1,91 @@
+"""Evaluation with a calibration: checks before the weights, what the document says, and texts that were seen before."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from model_calibrations import make_calibration
+from saved_models import save_tiny_model, write_words
+
+from kvpack.evaluate import Request, prepare, results, run
+from kvpack.evaluate.listener import Listener
+from kvpack.models import load
+
+
+class Recorder(Listener):
+    """Remembers notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    folder = tmp_path_factory.mktemp("calibrated")
+    model = save_tiny_model(folder / "tiny")
+    loaded = load.load_model(str(model), device="cpu")
+    make_calibration(loaded.model).save(folder / "c.safetensors")
+    return str(model), str(write_words(folder / "words.txt", 150)), str(folder / "c.safetensors")
+
+
+def make_request(files, *policies: str, **options) -> Request:
+    model, words, calibration = files
+    base = Request(model, policies, text_files=(words,), seqlen=24, device="cpu", calibration=calibration)
+    return dataclasses.replace(base, **options)
+
+
+def test_a_calibrated_policy_is_measured_and_named(files):
+    document = run(prepare(make_request(files, "nuq3+1%+calibrated", "nuq3", skip=0.25)))
+    _, calibrated, oracle = document["rows"]
+    assert (calibrated["mode"], oracle["mode"]) == ("calibrated", "oracle")
+    assert calibrated["table_bits"] > oracle["table_bits"] > 0
+    assert document["calibration"]["name"] == Path(files[2]).name
+    assert document["datasets"][0]["skipped_tokens"] == 37 and document["datasets"][0]["segments"] == 4
+
+
+def test_calibrations_that_do_not_fit_are_refused_before_the_weights(files, monkeypatch, tmp_path):
+    monkeypatch.setattr(load, "load_weights", None)
+    for options, word in (
+        ({"calibration": None}, "needs a calibration"),
+        ({"calibration": str(tmp_path / "none.safetensors")}, "none.safetensors"),
+        ({"policies": ("int4+calibrated",)}, "leave 1% outside"),
+        ({"skip": 1.0}, "skip is 1.0"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            prepare(dataclasses.replace(make_request(files, "nuq3"), **options))
+
+
+def test_what_the_calibration_has_seen_is_said(files, monkeypatch):
+    from kvpack.calibrate import Calibration
+
+    recorder = Recorder()
+    monkeypatch.setattr(Calibration, "used_tokens", lambda self, sha256: (0, 36))
+    prepare(make_request(files, "nuq3"), recorder)
+    assert any("has seen tokens 0 to 35" in note and "--skip 24%" in note for note in recorder.notes)
+    recorder.notes.clear()
+    prepare(make_request(files, "nuq3", skip=0.24), recorder)
+    assert recorder.notes == []
+    prepare(make_request(files, "int4"), recorder)
+    assert any("none of the policies reads" in note for note in recorder.notes)
+
+
+def test_rows_of_another_calibration_are_not_resumed(files, tmp_path):
+    path = tmp_path / "r.json"
+    run(prepare(make_request(files, "nuq3", json_path=path, limit=1)))
+    other = make_calibration_like(files, tmp_path)
+    with pytest.raises(results.ResultsError, match="calibration is"):
+        prepare(make_request(files, "nuq2", json_path=path, limit=1, resume=True, calibration=other))
+
+
+def make_calibration_like(files, folder: Path) -> str:
+    from kvpack.calibrate import Calibration
+
+    calibration = Calibration.load(files[2])
+    calibration.header["seed"] = 7
+    calibration.save(folder / "other.safetensors")
+    return str(folder / "other.safetensors")
