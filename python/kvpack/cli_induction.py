@@ -38,6 +38,7 @@ def induction_command(
         tokenizer = load.load_tokenizer(files)
     with _one_message(errors, FAILED):
         from kvpack.evaluate.induction import score_induction
+        from kvpack.files import write_whole
 
         loaded = load.load_weights(files, tokenizer, dtype=chosen_dtype, device=chosen)
         special = set(getattr(tokenizer, "all_special_ids", ()))
@@ -45,7 +46,7 @@ def induction_command(
         scores = [score_induction(loaded, each, length, **options) for length in lengths for each in (None, *policies)]
         if path is not None:
             document = {"model": files.name, "seed": seed, "scores": [score.to_json() for score in scores]}
-            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
     rows = [
         (str(s.tokens), s.policy, s.mode, f"{s.bits:.2f}", f"{100 * s.accuracy:.2f}", f"{s.nll:.4f}") for s in scores
     ]

@@ -78,6 +78,11 @@ def test_a_saved_file_replaces_an_old_one_whole_and_keeps_its_permissions(good: 
     assert [path.name for path in good.parent.iterdir()] == [good.name]
 
 
+def test_a_calibration_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=rf"calibration {tmp_path} cannot be written: Is a directory"):
+        make_calibration().save(tmp_path)
+
+
 class Trap:
     """Unpickling this makes a file."""
 

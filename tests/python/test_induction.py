@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from model_calibrations import make_calibration
+from saved_models import MAX_POSITIONS, save_tiny_model
 from tiny_models import VOCABULARY, make_model
+from typer.testing import CliRunner
 
+from kvpack.cli import app
 from kvpack.evaluate.induction import make_repeated_tokens, score_induction
 from kvpack.policy import parse_policy
 
@@ -59,3 +65,16 @@ def test_policies_move_the_score_and_name_their_mode():
                 mode,
             )
         )
+
+
+def test_the_command_writes_every_score_and_refuses_more_tokens_than_positions(tmp_path: Path) -> None:
+    model, scores = str(save_tiny_model(tmp_path / "tiny")), tmp_path / "scores.json"
+    command = ["induction", model, "--policy", "int2", "--tokens", "16,32", "--device", "cpu", "--json", str(scores)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads(scores.read_text())["scores"]
+    assert [(row["tokens"], row["policy"]) for row in found] == [(n, p) for n in (16, 32) for p in ("fp16", "int2")]
+    result = CliRunner().invoke(app, [*command[:4], "--tokens", str(MAX_POSITIONS + 2)])
+    assert (
+        result.exit_code == 2 and f"tokens is {MAX_POSITIONS + 2}; tiny has {MAX_POSITIONS} positions" in result.stderr
+    )

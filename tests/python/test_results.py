@@ -76,37 +76,10 @@ def test_a_document_that_cannot_be_written_leaves_the_old_one_and_no_litter(path
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_no_litter(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results.save_results(make_document(), path)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        results.save_results(make_document() | {"complete": False}, path)
-    assert results.load_results(path) == make_document()
-    assert os.listdir(path.parent) == [path.name]
-
-
-def test_a_saved_file_has_the_permissions_of_any_new_file_and_keeps_those_it_had(path: Path) -> None:
-    before = os.umask(0o027)
-    try:
+def test_a_document_that_cannot_be_written_is_named(path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(ResultsError, match=rf"results {path} cannot be written: Is a directory"):
         results.save_results(make_document(), path)
-        assert path.stat().st_mode & 0o777 == 0o640
-        path.chmod(0o600)
-        results.save_results(make_document(), path)
-        assert path.stat().st_mode & 0o777 == 0o600
-    finally:
-        os.umask(before)
-
-
-def test_a_link_to_a_results_file_stays_a_link(path: Path, tmp_path: Path) -> None:
-    real = tmp_path / "folder" / "real.json"
-    real.parent.mkdir()
-    path.symlink_to(real)
-    results.save_results(make_document(), path)
-    assert path.is_symlink() and results.load_results(real) == make_document()
 
 
 def test_outputs_that_cannot_be_written_are_found_before_the_work(tmp_path: Path) -> None:

@@ -6,11 +6,8 @@ Never a pickle: reading one runs whatever code its author put there. Tensors of 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 
 from kvpack.calibrate.calibration import CODEBOOK_BITS, KINDS, Calibration, CalibrationError, LayerCalibration
 from kvpack.calibrate.fingerprint import ModelFingerprint
+from kvpack.files import write_whole
 from kvpack.methods import Kind
 
 SCHEMA = "kvpack-calibration"
@@ -48,34 +46,19 @@ def save_calibration(calibration: Calibration, path: str | Path) -> None:
         tensors |= part_tensors(part, _prefix(layer, kind))
     # One entry: safetensors writes several in no fixed order.
     header = json.dumps(calibration.header, sort_keys=True, allow_nan=False)
-    write_whole(Path(path), save(tensors, metadata={SCHEMA: header}), "calibration")
+    write_file(Path(path), save(tensors, metadata={SCHEMA: header}), "calibration")
 
 
-def write_whole(path: Path, content: bytes, what: str) -> None:
-    """Writes a file so that a reader sees either the old one or the new one, whatever happens in between.
+def write_file(path: Path, content: bytes, what: str) -> None:
+    """Writes a file of a calibration, whole or not at all.
 
     Raises:
         CalibrationError: it cannot be written.
     """
-    temporary = None
     try:
-        target = path.resolve()
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask)
-        os.replace(temporary, target)
-        temporary = None
+        write_whole(path, content)
     except OSError as error:
         raise CalibrationError(f"{what} {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def part_tensors(part: LayerCalibration, prefix: str) -> dict[str, np.ndarray]:

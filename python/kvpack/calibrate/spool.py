@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from kvpack.calibrate.calibration import KINDS, CalibrationError, LayerCalibration
-from kvpack.calibrate.files import WEIGHTINGS, part_from_bytes, part_to_bytes, write_whole
+from kvpack.calibrate.files import WEIGHTINGS, part_from_bytes, part_to_bytes, write_file
 from kvpack.methods import Kind
 
 What = Literal["states", "gradients", "squares"]
@@ -132,7 +132,7 @@ class Spool:
 
     def save_fitted(self, layer: int, kind: Kind, part: LayerCalibration) -> None:
         """Keeps the result of a layer and kind, and drops its samples."""
-        write_whole(self._file(layer, kind, "fitted"), part_to_bytes(part), "result")
+        write_file(self._file(layer, kind, "fitted"), part_to_bytes(part), "result")
         for what in ("states", "gradients", "squares"):
             self._file(layer, kind, what).unlink(missing_ok=True)
 
@@ -155,7 +155,7 @@ class Spool:
         return self.path / f"{layer}.{kind}.{what}"
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.path / name, json.dumps(content).encode(), "progress")
+        write_file(self.path / name, json.dumps(content).encode(), "progress")
 
 
 def partial_path(output: Path) -> Path:

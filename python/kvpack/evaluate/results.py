@@ -5,14 +5,14 @@ Field by field in docs/evaluation.md. The report and the terminal table are made
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from kvpack.files import write_whole
 
 SCHEMA = "kvpack-eval"
 VERSION = 1
@@ -59,35 +59,10 @@ def save_results(document: dict[str, Any], path: Path) -> None:
         ResultsError: the folder cannot be written (any more).
     """
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = None
     try:
-        # The resolved path: a link to a results file stays a link.
-        target = path.resolve()
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, _mode_for(target))
-        os.replace(temporary, target)
-        temporary = None
+        write_whole(path, text.encode())
     except OSError as error:
         raise ResultsError(f"results {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _mode_for(target: Path) -> int:
-    """Permissions of the file that is replaced, or those a plain open() would have given."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def load_results(path: str | Path) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import html
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from kvpack.files import write_whole
 from kvpack.report.plots import plot_against_bits, plot_layer_errors
 from kvpack.report.rows import Row, check_schema, items, mapping, number, pareto_policies, read_rows
 from kvpack.report.style import STAND_INS, STYLE_SHEET
@@ -73,14 +73,7 @@ def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         ValueError: the document has another schema or version.
         OSError: the file cannot be written.
     """
-    page = render_report(results)
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, render_report(results).encode())
 
 
 def render_report(results: Mapping[str, Any]) -> str:
