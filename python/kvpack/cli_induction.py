@@ -74,6 +74,5 @@ def _check(
     for policy in parsed:
         check_calibration(policy, tables)
     files = load.open_model(model)
-    if files.max_positions is not None and max(lengths) > files.max_positions:
-        raise ValueError(f"tokens is {max(lengths)}; {files.name} has {files.max_positions} positions")
+    files.check_positions("tokens", max(lengths))
     return lengths, parsed, tables, files

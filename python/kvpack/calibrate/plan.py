@@ -96,17 +96,14 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
     """
     listener = listener or Listener()
     bits = _check_numbers(request)
-    names = list(dict.fromkeys(request.datasets)) or ([] if request.text_files else ["pydoc"])
-    for name in names:
-        texts.check_dataset_name(name)
+    names = texts.choose_datasets(request.datasets, request.text_files)
     output, existing = _checked_output(request, listener)
     own_texts = texts.read_text_files(request.text_files)
     listener.stage("looking for the model")
     device = load.choose_device(request.device)
     files = load.open_model(request.model)
     dtype = load.choose_dtype(request.dtype, device, files)
-    if files.max_positions is not None and request.seqlen > files.max_positions:
-        raise ValueError(f"seqlen is {request.seqlen}; {files.name} has {files.max_positions} positions")
+    files.check_positions("seqlen", request.seqlen)
     listener.stage("reading the texts")
     all_texts = [texts.load_text(name) for name in names] + own_texts
     listener.stage("loading the tokenizer")

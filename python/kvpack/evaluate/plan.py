@@ -122,9 +122,7 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
     policies = _parsed_policies(request.policies)
     _check_numbers(request)
     calibration = _read_calibration(request, policies, listener)
-    names = list(dict.fromkeys(request.datasets)) or ([] if request.text_files else ["pydoc"])
-    for name in names:
-        texts.check_dataset_name(name)
+    names = texts.choose_datasets(request.datasets, request.text_files)
     json_path, report_path, existing = _checked_outputs(request, listener)
     with clock(seconds, "loading"):
         own_texts = texts.read_text_files(request.text_files)
@@ -132,8 +130,7 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
         device = load.choose_device(request.device)
         files = load.open_model(request.model)
         dtype = load.choose_dtype(request.dtype, device, files)
-        if files.max_positions is not None and request.seqlen > files.max_positions:
-            raise ValueError(f"seqlen is {request.seqlen}; {files.name} has {files.max_positions} positions")
+        files.check_positions("seqlen", request.seqlen)
         if files.num_layers is not None:
             for policy in policies:
                 policy.check_layers(range(files.num_layers), files.name)

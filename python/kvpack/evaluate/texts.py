@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,18 @@ def check_dataset_name(name: str) -> None:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         meant = f"; did you mean {close[0]}?" if close else ""
         raise TextError(f"unknown dataset {name!r}{meant} Known are {', '.join(known)}; --text FILE takes any text")
+
+
+def choose_datasets(names: Iterable[str], text_files: Sequence[str | Path]) -> list[str]:
+    """The datasets to load, each once; pydoc where neither one nor a text file is named.
+
+    Raises:
+        TextError: an unknown one, before anything is read.
+    """
+    chosen = list(dict.fromkeys(names)) or ([] if text_files else ["pydoc"])
+    for name in chosen:
+        check_dataset_name(name)
+    return chosen
 
 
 def load_text(name: str) -> Text:

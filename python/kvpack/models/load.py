@@ -55,6 +55,15 @@ class ModelFiles:
         """Positions the model was made for, None where its configuration does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    def check_positions(self, name: str, tokens: int) -> None:
+        """Accepts a number of tokens, `name` to its user, that the model has positions for or does not bound.
+
+        Raises:
+            ValueError: it has fewer.
+        """
+        if self.max_positions is not None and tokens > self.max_positions:
+            raise ValueError(f"{name} is {tokens}; {self.name} has {self.max_positions} positions")
+
     @property
     def num_layers(self) -> int | None:
         """Layers of the decoder, None where its configuration does not say."""
