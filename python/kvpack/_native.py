@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from kvpack.arrays import dtype_name
+
 ABI_VERSION = 3
 MAX_RANK = 4
 CPU, CUDA = 0, 1
@@ -236,7 +238,7 @@ def _number_of(x: Any, name: str) -> int:
     dtype = x.dtype
     if dtype not in _known_dtypes:
         is_swapped = isinstance(dtype, np.dtype) and not dtype.isnative
-        number = None if is_swapped else _DTYPES.get(str(dtype).removeprefix("torch."))
+        number = None if is_swapped else _DTYPES.get(dtype_name(dtype))
         if number is None:
             raise TypeError(f"{name} has element type {dtype}; kvpack knows {', '.join(_DTYPES)}")
         _known_dtypes[dtype] = number

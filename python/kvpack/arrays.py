@@ -45,6 +45,11 @@ def empty(like: TensorLike, shape: Sequence[int], dtype: str) -> TensorLike:
     return like.new_empty(tuple(shape), dtype=getattr(torch, dtype))
 
 
+def empty_like(x: TensorLike) -> TensorLike:
+    """An uninitialised tensor of the library, device, shape and type of `x`, in row-major order."""
+    return np.empty(x.shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(x.shape)
+
+
 def column(like: TensorLike, values: Sequence[int]) -> TensorLike:
     """int32 [len(values), 1] of the library and on the device of `like`."""
     if isinstance(like, np.ndarray):

@@ -9,7 +9,7 @@ import math
 from ctypes import byref
 
 from kvpack import _native
-from kvpack.arrays import TensorLike, as_contiguous, dtype_name, empty
+from kvpack.arrays import TensorLike, as_contiguous, dtype_name, empty, empty_like
 from kvpack.tile64 import Tile64, check_tiles, workspace_of
 
 MAX_QUERY_ROWS = 16
@@ -112,7 +112,7 @@ def attend_tile64(
     _require_rank(q, "q", 4)
     require_batch(q, keys, values)
     q = as_contiguous(q)
-    out = empty(q, q.shape, dtype_name(q)) if out is None else out
+    out = empty_like(q) if out is None else out
     lse = empty(q, q.shape[:3], "float32") if return_lse else None
     batch, q_heads, rows, _ = q.shape
     workspace = _workspace(q, keys, batch * q_heads * rows)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from kvpack import _native
-from kvpack.arrays import TensorLike, empty
+from kvpack.arrays import TensorLike, empty_like
 from kvpack.ops import UniformCounts, choose
 
 HISTOGRAM_BINS = 4096
@@ -117,7 +117,7 @@ def simulate_quantized(
     Source: docs/numerics.md section 4; Hooper et al. 2024, "KVQuant".
     """
     view = _native.view(x, "x")
-    out = empty(x, x.shape, str(x.dtype).removeprefix("torch.")) if out is None else out
+    out = empty_like(x) if out is None else out
     if group is not None and group < 1:
         raise ValueError(f"group is {group}; it must be at least 1")
     centroids = None if codebook is None else _host("codebook", codebook, np.float32)
@@ -334,7 +334,7 @@ def rotate(
 
     Source: docs/numerics.md section 4.
     """
-    out = empty(x, x.shape, str(x.dtype).removeprefix("torch.")) if out is None else out
+    out = empty_like(x) if out is None else out
     _native.check(
         _native.library.kvpack_rotate(
             _native.view(x, "x"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from kvpack.arrays import dtype_name
 from kvpack.methods import (
     DENSE_BITS,
     Kind,
@@ -149,7 +150,7 @@ class PruneMethod(Method):
 
     def _largest(self, x: Any, head_dim: int) -> float:
         """The magnitude that values must stay below: what tiles would turn into infinity is refused."""
-        name = str(x.dtype).removeprefix("torch.")
+        name = dtype_name(x)
         if head_dim not in TILE_HEAD_DIMS or name in ("float16", "bfloat16"):
             return float("inf")
         if self.bits == DENSE_BITS:
@@ -192,7 +193,7 @@ def _narrow(x: Any) -> Any:
     """float64 as float32, the widest type that tiles are made from; the other types as they are."""
     if isinstance(x, np.ndarray):
         return x.astype(np.float32) if x.dtype == np.float64 else x
-    return x.float() if str(x.dtype) == "torch.float64" else x
+    return x.float() if dtype_name(x) == "float64" else x
 
 
 def _like(x: Any, out: Any) -> Any:

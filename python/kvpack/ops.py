@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from kvpack import _native
-from kvpack.arrays import TensorLike
+from kvpack.arrays import TensorLike, device_of, dtype_name, empty, empty_like, is_contiguous
 
 PRUNE_RULES = {"exact": 0, "kth_value": 1}
 _AXES = {"per_channel": 0, "per_token": 1}
@@ -57,12 +57,6 @@ def choose(name: str, value: str, choices: dict[str, int]) -> int:
     return choices[value]
 
 
-def _empty_like(x: TensorLike) -> TensorLike:
-    if isinstance(x, np.ndarray):
-        return np.empty(x.shape, x.dtype)
-    return x.new_empty(x.shape)
-
-
 def prune_magnitude(
     x: TensorLike,
     sparsity: float,
@@ -94,8 +88,8 @@ def prune_magnitude(
     Source: docs/numerics.md section 1; Joo et al. 2025, "Mustafar".
     """
     view = _native.view(x, "x")
-    out = _empty_like(x) if out is None else out
-    scores = None if channel_scores is None else _address_of_scores(channel_scores, x)
+    out = empty_like(x) if out is None else out
+    scores = None if channel_scores is None else address_of_scores(channel_scores, x, tuple(x.shape[-1:]))
     options = _native.PruneOptions(
         float(sparsity),
         choose("rule", rule, PRUNE_RULES),
@@ -113,20 +107,20 @@ def prune_magnitude(
     return out, PruneCounts(counts.rows, counts.kept)
 
 
-def _address_of_scores(scores: TensorLike, x: TensorLike) -> int:
-    """Address of the scores' memory, after all checks: nothing but a pointer crosses the boundary."""
+def address_of_scores(scores: TensorLike, x: TensorLike, *shapes: tuple[int, ...]) -> int:
+    """Address of channel scores for x, after all checks: nothing but a pointer crosses the boundary.
+
+    Raises:
+        ValueError: none of these shapes, another type or device, or gaps between elements.
+    """
     _native.view(scores, "channel_scores")
-    expected = tuple(x.shape[-1:])
-    is_numpy = isinstance(scores, np.ndarray)
-    contiguous = scores.flags.c_contiguous if is_numpy else scores.is_contiguous()
-    if tuple(scores.shape) != expected or "float32" not in str(scores.dtype) or not contiguous:
-        raise ValueError(
-            f"channel_scores is {tuple(scores.shape)} {scores.dtype}; expected contiguous {expected} float32"
-        )
-    devices = ["cpu" if isinstance(t, np.ndarray) else str(t.device) for t in (scores, x)]
-    if devices[0] != devices[1]:
-        raise ValueError(f"channel_scores is on {devices[0]}, x on {devices[1]}")
-    return scores.ctypes.data if is_numpy else scores.data_ptr()
+    shape = tuple(scores.shape)
+    if shape not in shapes or dtype_name(scores) != "float32" or not is_contiguous(scores):
+        expected = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"channel_scores is {shape} {scores.dtype}; expected contiguous {expected} float32")
+    if device_of(scores) != device_of(x):
+        raise ValueError(f"channel_scores is on {device_of(scores)}, x on {device_of(x)}")
+    return scores.ctypes.data if isinstance(scores, np.ndarray) else scores.data_ptr()
 
 
 def _positive(name: str, value: int) -> int:
@@ -171,7 +165,7 @@ def simulate_uniform(
     Source: docs/numerics.md section 4; Hooper et al. 2024, "KVQuant".
     """
     view = _native.view(x, "x")
-    out = _empty_like(x) if out is None else out
+    out = empty_like(x) if out is None else out
     options = _native.UniformOptions(
         bits,
         choose("axis", axis, _AXES),
@@ -230,20 +224,11 @@ def compare_logits(reference: TensorLike, logits: TensorLike, targets: TensorLik
     Source: docs/numerics.md section 5.
     """
     positions = targets.shape[0]
-    if isinstance(targets, np.ndarray) or targets.device.type == "cpu":
-        buffers = [np.empty(positions) for _ in range(3)]
-    else:
-        buffers = [targets.new_empty(positions, dtype=_float64(targets)) for _ in range(3)]
+    buffers = [empty(targets, (positions,), "float64") for _ in range(3)]
     views = [_native.view(t, name) for t, name in ((reference, "reference"), (logits, "logits"), (targets, "targets"))]
     views += [_native.view(buffer, name) for buffer, name in zip(buffers, ("nll", "kl", "top1"), strict=True)]
     _native.check(_native.library.kvpack_compare_logits(*views, _native.stream_of(reference)))
     return LogitsComparison(*(b if isinstance(b, np.ndarray) else b.cpu().numpy() for b in buffers))
-
-
-def _float64(x: TensorLike) -> Any:
-    import torch
-
-    return torch.float64
 
 
 def list_implementations() -> list[dict[str, Any]]:

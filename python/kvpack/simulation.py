@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvpack.arrays import dtype_name, empty_like
 from kvpack.calibration_checks import find_tables
 from kvpack.methods import DENSE_BITS, MODES, Kind, Mode, check_choice, check_int
 from kvpack.policy import Policy, as_policy
@@ -103,7 +104,7 @@ def simulate_tensor(
         check_int("head_dim", head_dim, 1, 2**31 - 1)
     _check_input(x, head_dim)
     x = x.detach() if hasattr(x, "detach") else _positive_strides(x)
-    out = _empty_like(x) if out is None else _check_out(x, out)
+    out = empty_like(x) if out is None else _check_out(x, out)
     tokens = x.shape[-2]
     compressed = tokens - policy.window
     tables = find_tables(policy, calibration, kind, layer, x.shape[-1])
@@ -126,7 +127,7 @@ def simulate_tensor(
 
 
 def _check_input(x: Any, head_dim: int | None) -> None:
-    dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
+    dtype = dtype_name(getattr(x, "dtype", ""))
     if not (isinstance(x, np.ndarray) or hasattr(x, "data_ptr")) or dtype not in _FLOAT_TYPES:
         raise TypeError(
             f"x is {type(x).__name__} of type {dtype or 'unknown'}; expected a torch or numpy tensor of "
@@ -141,10 +142,6 @@ def _check_input(x: Any, head_dim: int | None) -> None:
 def _positive_strides(x: np.ndarray) -> np.ndarray:
     """Negative and fractional strides exist in numpy only; the native side has neither, so these get a copy."""
     return x if all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides) else x.copy()
-
-
-def _empty_like(x: Any) -> Any:
-    return np.empty(x.shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(x.shape)
 
 
 def _check_out(x: Any, out: Any) -> Any:

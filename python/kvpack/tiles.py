@@ -12,11 +12,9 @@ from ctypes import byref
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-
 from kvpack import _native
-from kvpack.arrays import TensorLike, column, device_of, dtype_name, empty, is_contiguous, join
-from kvpack.ops import PRUNE_RULES, choose
+from kvpack.arrays import TensorLike, column, dtype_name, empty, join
+from kvpack.ops import PRUNE_RULES, address_of_scores, choose
 from kvpack.tile64 import (
     BLOCK_TOKENS,
     UNQUANTIZED_BITS,
@@ -142,18 +140,11 @@ def write_tile64(
 
 
 def _scores_of(scores: TensorLike | None, x: TensorLike) -> tuple[int | None, int]:
-    """Address and batch stride of channel scores, after all checks: nothing but a pointer crosses the boundary."""
+    """Address and batch stride of channel scores: those of all batches, or of each."""
     if scores is None:
         return None, 0
-    _native.view(scores, "channel_scores")
     one, every = tuple(x.shape[-1:]), (*x.shape[:-2], x.shape[-1])
-    shape = tuple(scores.shape)
-    if shape not in (one, every) or dtype_name(scores) != "float32" or not is_contiguous(scores):
-        raise ValueError(f"channel_scores is {shape} {scores.dtype}; expected contiguous {one} or {every} float32")
-    if device_of(scores) != device_of(x):
-        raise ValueError(f"channel_scores is on {device_of(scores)}, x on {device_of(x)}")
-    address = scores.ctypes.data if isinstance(scores, np.ndarray) else scores.data_ptr()
-    return address, 0 if shape == one else x.shape[-1]
+    return address_of_scores(scores, x, one, every), 0 if tuple(scores.shape) == one else x.shape[-1]
 
 
 def unpack_tile64(tiles: Tile64, *, dtype: Any = None, out: TensorLike | None = None) -> TensorLike:

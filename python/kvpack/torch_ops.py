@@ -118,8 +118,7 @@ def compress_tile64(
 ) -> Tile64:
     """tiles.compress_tile64 as an operator. The payload has the largest size that may be needed, on the CPU too."""
     made = _compress(x, choose("kind", kind, KINDS), sparsity, bits, rule, channel_scores)
-    name = str(x.dtype).removeprefix("torch.")
-    return Tile64(kind, bits, x.shape[-2], x.shape[-1], name, tuple(x.shape[:-2]), *made)
+    return Tile64(kind, bits, x.shape[-2], x.shape[-1], dtype_name(x), tuple(x.shape[:-2]), *made)
 
 
 def unpack_tile64(packed: Tile64, *, dtype: torch.dtype | None = None) -> Tensor:

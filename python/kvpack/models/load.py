@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kvpack.arrays import dtype_name
 from kvpack.models.hub import HubEntryMissing, HubUnreachable, require_on_hub
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -73,7 +74,7 @@ class ModelFiles:
     def checkpoint_dtype(self) -> str:
         """Type of the stored weights by their configuration; float32 for a GGUF, which is dequantised to it."""
         dtype = getattr(self.config, "dtype", None) or getattr(self.config.get_text_config(), "dtype", None)
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         return name if self.gguf_file is None and name in DTYPES else "float32"
 
 
