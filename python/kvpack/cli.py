@@ -129,6 +129,10 @@ def eval_command(
     skip: Annotated[
         str, typer.Option(help="Share of each text, from its start, to leave out, as 25%: what a calibration has seen.")
     ] = "0%",
+    error_segments: Annotated[
+        int,
+        typer.Option(help="Segments of each text, from the first, that also measure errors per layer; 0 is none."),
+    ] = 1,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
 ) -> None:
     """Measures what KV cache policies cost MODEL: perplexity, KL and top-1 agreement against fp16, bits per element."""
@@ -154,6 +158,7 @@ def eval_command(
         reference_memory_gib=reference_memory,
         calibration=calibration,
         skip=skipped,
+        error_segments=error_segments,
         command=shlex.join(["kvpack", *sys.argv[1:]]),
     )
     plan = _evaluate(request, errors)

@@ -173,6 +173,8 @@ def print_results(console: Console, document: dict[str, Any]) -> None:
         rows = [row for row in document["rows"] if row["dataset"] == dataset["name"]]
         print_table(console, _COLUMNS, map(_cells, rows), right=_COLUMNS[2:])
         console.print(Text(_settings(document, dataset)))
+        if (calibration := document.get("calibration")) is not None:
+            console.print(Text(f"calibration: {calibration['name']} (sha256 {calibration['sha256'][:12]})"))
         if tables := [f"{row['policy']} {row['table_bits']:.4f}" for row in rows if row.get("table_bits")]:
             console.print(Text(f"of the bits, codebooks and static ranges: {', '.join(tables)}"))
         if rows and dataset["segments"] == 1:

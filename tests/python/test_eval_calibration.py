@@ -45,6 +45,10 @@ def test_a_calibrated_policy_is_measured_and_named(files):
     assert (calibrated["mode"], oracle["mode"]) == ("calibrated", "oracle")
     assert calibrated["table_bits"] > oracle["table_bits"] > 0
     assert document["calibration"]["name"] == Path(files[2]).name
+    assert document["calibration"]["weights"] == "none" and document["calibration"]["texts"][0]["tokens_used"] == [
+        0,
+        16,
+    ]
     assert document["datasets"][0]["skipped_tokens"] == 37 and document["datasets"][0]["segments"] == 4
 
 

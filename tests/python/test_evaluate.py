@@ -115,7 +115,28 @@ def test_bits_and_layer_errors_are_those_of_the_simulation(model_folder: Path, w
     assert row["bits"] == simulation.tally.bits_per_element
     assert row["layer_errors"] == simulation.layer_errors
     assert len(row["layer_errors"]) == 2 * loaded.num_layers
+    assert row["attention_errors"] == simulation.attention_errors
+    assert [error["layer"] for error in row["attention_errors"]] == list(range(loaded.num_layers))
     assert kvpack.Policy.from_json(row["policy_json"]) == kvpack.parse_policy("int4+1%+sink")
+
+
+def test_errors_per_layer_add_up_over_the_segments_that_were_asked_for(model_folder, words, request_for) -> None:
+    document, _ = measure(request_for("int3", error_segments=2))
+    assert document["error_segments"] == 2
+    loaded = load.load_model(str(model_folder), device="cpu")
+    ids = loaded.tokenizer(words.read_text())["input_ids"]
+    with torch.inference_mode(), kvpack.simulate(loaded.model, "int3", measure_errors=True) as simulation:
+        for first in (0, SEQLEN):
+            loaded.model(input_ids=torch.tensor([ids[first : first + SEQLEN]]), use_cache=False)
+    assert document["rows"][1]["layer_errors"] == simulation.layer_errors
+    assert document["rows"][1]["attention_errors"] == simulation.attention_errors
+
+
+def test_without_segments_for_errors_none_is_measured_and_nothing_else_changes(request_for) -> None:
+    with_errors, without = (measure(request_for("int3", error_segments=n))[0] for n in (1, 0))
+    row = without["rows"][1]
+    assert row["layer_errors"] == row["attention_errors"] == []
+    assert row["nll"] == with_errors["rows"][1]["nll"] and row["bits"] == with_errors["rows"][1]["bits"]
 
 
 def test_the_document_says_what_was_measured(words: Path, request_for) -> None:
@@ -299,6 +320,7 @@ def test_starting_over_an_interrupted_run_is_said(request_for, tmp_path: Path) -
             "layers1,7=int8' names layers that tiny lacks: it has 3 layers, 0 to 2",
         ),
         ({"limit": 0}, "limit is 0; it must be at least 1"),
+        ({"error_segments": -1}, "error segments is -1; it must be at least 0"),
         ({"dtype": "int8"}, "dtype is 'int8'; it is one of auto"),
         ({"device": "tpu"}, "device is 'tpu'; it is one of auto"),
         ({"resume": True}, "--resume needs --json FILE"),

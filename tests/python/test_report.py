@@ -39,6 +39,7 @@ def make_row(policy: str, bits: float, rise: float, /, **changes) -> dict:
             for layer in range(4)
             for kind in ("key", "value")
         ],
+        "attention_errors": [{"layer": layer, "relative_error": 4.0**-bits * (4 - layer)} for layer in range(4)],
         "seconds": {"total": 60.0, "model": 55.0, "kvpack": 2.0},
     }
     return {**row, **changes}
@@ -59,7 +60,7 @@ def make_results(*rows: dict, **changes) -> dict:
         "versions": {"kvpack": "0.1.0"},
         "machine": {"cpu": "some cpu", "cores": 2, "gpu": None},
         "implementations": {"simulate_uniform": "avx512"},
-        "rows": [make_row("fp16", 16.0, 0.0, layer_errors=[]), *rows],
+        "rows": [make_row("fp16", 16.0, 0.0, layer_errors=[], attention_errors=[]), *rows],
         "complete": True,
     }
     return copy.deepcopy({**results, **changes})
@@ -73,6 +74,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
         self.feed(text)
         self.close()
         assert self.open == [], f"never closed: {self.open}"
@@ -83,6 +85,12 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
+        if dict(attrs).get("role") == "region":
+            self.rows = self.tables[dict(attrs)["aria-label"]] = []
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -93,6 +101,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+        if {"th", "td"} & set(self.open):
+            self.rows[-1][-1] += data
 
     def find(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -105,11 +115,11 @@ class Page(HTMLParser):
 ORDINARY = (make_row("int4", 4.1, 1.08), make_row("int2", 2.1, 154.0), make_row("mustafar-50", 9.0, 4.9))
 
 
-def test_an_ordinary_page_has_four_figures_a_table_and_the_settings():
+def test_an_ordinary_page_has_five_figures_tables_and_the_settings():
     page = Page(render_report(make_results(*ORDINARY)))
-    assert len(page.find("svg")) == 4
-    assert len(page.find("figcaption")) == 4
-    assert len([a for a in page.find("th") if a.get("scope") == "row"]) == 4
+    assert len(page.find("svg")) == 5
+    assert len(page.find("figcaption")) == 5
+    assert [row[0] for row in page.tables["All rows"]] == ["policy", "fp16", "int4 ★", "int2 ★", "mustafar-50"]
     assert all("scope" in attributes for attributes in page.find("th"))
     for expected in ("SmolLM2", "4.10 bits", "ab" * 32, "kvpack eval model.gguf", "simulate uniform avx512", "Terms"):
         assert expected in page.words
@@ -145,8 +155,86 @@ def test_the_dark_scheme_sets_every_colour_that_the_figures_use():
     assert "#0a0b" not in text, "a stand-in colour was left in a figure"
 
 
+CALIBRATION = {
+    "name": "smol.safetensors",
+    "sha256": "cd" * 32,
+    "model_name": "SmolLM2",
+    "bits": [2, 3],
+    "outlier_fraction": 0.01,
+    "sink": 1,
+    "weights": "fisher",
+    "times_half_range": True,
+    "nsamples": 16,
+    "seqlen": 2048,
+    "texts": [
+        {"name": "pydoc", "sha256": "ab" * 32, "tokens": 5000, "samples": 16, "tokens_used": [100, 1200]},
+    ],
+}
+
+
+def test_errors_of_attention_are_drawn_and_stand_in_two_tables():
+    page = Page(render_report(make_results(*ORDINARY)))
+    head, *rows = page.tables["Relative errors by policy"]
+    assert head == [
+        "policy",
+        "bits",
+        "rise",
+        "attention, median",
+        "attention, largest",
+        "keys, median",
+        "values, median",
+    ]
+    int4 = 4.0**-4.1
+    assert (
+        rows[0]
+        == ["int4", "4.10", "+1.080", say(2.5 * int4, 4), f"{say(4 * int4, 4)} (layer 0)"] + [say(2.5 * int4, 4)] * 2
+    )
+    head, *layers = page.tables["Relative error of attention's output"]
+    assert head == ["layer", "int4", "int2", "mustafar-50"]
+    assert [row[0] for row in layers] == ["0", "1", "2", "3"] and layers[3][1] == say(int4, 4)
+    assert "puts out in every layer, on the first segment:" in page.words
+    assert "Attention's error in all 4 layers, as numbers" in page.words
+    assert "on the first 3 segments:" in Page(render_report(make_results(*ORDINARY, error_segments=3))).words
+
+
+def test_rows_from_before_attention_was_measured_still_show_keys_and_values():
+    old = [{name: value for name, value in row.items() if name != "attention_errors"} for row in ORDINARY]
+    page = Page(render_report(make_results(*old)))
+    assert len(page.find("svg")) == 4 and "Relative error of attention's output" not in page.tables
+    assert page.tables["Relative errors by policy"][1][3:5] == ["–", "–"]
+
+
+def test_the_settings_say_which_calibration_was_used_on_which_text():
+    page = Page(render_report(make_results(*ORDINARY, calibration=CALIBRATION)))
+    for expected in (
+        "smol.safetensors, sha256 " + "cd" * 32 + ", made for SmolLM2, codebooks of 2, 3 bits",
+        "errors weigh Fisher information times squared half range, 1.0 % outside the thresholds, 1 first tokens left",
+        "16 samples of 2048 tokens",
+        "pydoc (sha256 " + "ab" * 32 + "): 16 samples in tokens 100 to 1,199 of 5000",
+        "The calibration has seen tokens 100 to 1,199 of this text, which are measured too",
+    ):
+        assert expected in page.words
+    assert (
+        "calibration" not in Page(render_report(make_results(*ORDINARY))).words.split("Settings")[1].split("Terms")[0]
+    )
+
+
+def test_text_that_was_skipped_or_belongs_to_another_file_was_not_seen():
+    skipped = {"name": "pydoc", "sha256": "ab" * 32, "tokens": 5000, "segments": 1, "skipped_tokens": 1200}
+    for dataset in (skipped, skipped | {"skipped_tokens": 0, "sha256": "ef" * 32}):
+        results = make_results(*ORDINARY, calibration=CALIBRATION, datasets=[dataset])
+        assert "has seen" not in Page(render_report(results)).words
+
+
 @pytest.mark.parametrize(
-    "place", ["model", "policy", "dataset", "mode", "command", "machine", "created", "dtype", "kind"]
+    "value", [None, {}, [], "x", 1, {"texts": [1, {"tokens_used": [1]}], "bits": "x", "sink": None}]
+)
+def test_any_calibration_in_a_document_gives_a_page(value):
+    Page(render_report(make_results(*ORDINARY, calibration=value, error_segments=value)))
+
+
+@pytest.mark.parametrize(
+    "place", ["model", "policy", "dataset", "mode", "command", "machine", "created", "dtype", "kind", "calibration"]
 )
 def test_hostile_text_stays_text_wherever_it_stands(place):
     results = make_results(*ORDINARY)
@@ -157,6 +245,9 @@ def test_hostile_text_stays_text_wherever_it_stands(place):
         results["machine"] = results["versions"] = {HOSTILE: HOSTILE}
     elif place == "kind":
         row["layer_errors"][0]["kind"] = HOSTILE
+    elif place == "calibration":
+        results["calibration"] = CALIBRATION | {"name": HOSTILE, "weights": HOSTILE, "bits": [HOSTILE]}
+        results["calibration"]["texts"][0]["name"] = HOSTILE
     elif place == "dataset":
         results["datasets"][0]["name"] = HOSTILE
         row["dataset"] = HOSTILE
@@ -182,7 +273,7 @@ def test_any_number_gives_a_page(value):
     fields = ("ppl", "ppl_delta", "ppl_delta_low", "ppl_delta_high", "kl", "top1", "bits")
     broken = [{"layer": layer, "kind": "key", "relative_error": value} for layer in range(3)]
     odd_in_one = [make_row(f"odd {name}", 3.0, 1.0, **{name: value}) for name in fields]
-    odd_in_all = make_row("odd", 3.0, 1.0, layer_errors=broken, **dict.fromkeys(fields, value))
+    odd_in_all = make_row("odd", 3.0, 1.0, layer_errors=broken, attention_errors=broken, **dict.fromkeys(fields, value))
     Page(render_report(make_results(*odd_in_one, *ORDINARY)))
     Page(render_report(make_results(odd_in_all)))
 

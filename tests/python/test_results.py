@@ -180,6 +180,7 @@ def test_a_file_of_someone_else_is_not_overwritten(path: Path) -> None:
         (("device",), "cuda", "device is cpu in the file and cuda now"),
         (("seqlen",), 64, "seqlen is 32 in the file and 64 now"),
         (("limit",), 3, "limit is 2 in the file and 3 now"),
+        (("error_segments",), 2, "error segments is 1 in the file and 2 now"),
         (("model", "fingerprint"), "x:2", r"model is tiny \(ends-sha256:1\) in the file and tiny \(x:2\) now"),
         (("datasets", 0, "sha256"), "cd", "sha256 of pydoc is ab in the file and cd now"),
         (("datasets", 0, "segments"), 1, "segments of pydoc is 2 in the file and 1 now"),

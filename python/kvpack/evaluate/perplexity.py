@@ -15,6 +15,7 @@ import torch
 
 from kvpack import ops
 from kvpack.models.hooks import Simulation, simulate
+from kvpack.models.layer_errors import LayerErrors
 from kvpack.models.load import LoadedModel
 from kvpack.policy import Policy, parse_policy
 from kvpack.simulation import BitsTally
@@ -36,7 +37,7 @@ class Seconds:
     Attributes:
         total: all of the row.
         model: forward passes, without what hangs in them of ours.
-        kvpack: quantisers and their hooks.
+        kvpack: quantisers and their hooks, and measuring errors per layer.
         metrics: comparison of logits.
     """
 
@@ -56,8 +57,7 @@ class Scores:
         top1: share of positions of each segment where both predict the same token.
         bits: bits per K and V element, everything counted, over all layers and segments.
         table_bits: the part of bits that codebooks and static ranges take.
-        layer_errors: relative squared error per layer and kind, of the first segment.
-        attention_errors: relative squared error of attention's output per layer, of the first segment.
+        errors: of keys, values and attention's output per layer, over the segments they were asked for.
         seconds: where the time went.
     """
 
@@ -66,8 +66,7 @@ class Scores:
     top1: list[float] = field(default_factory=list)
     bits: float = 16.0
     table_bits: float = 0.0
-    layer_errors: list[dict[str, Any]] = field(default_factory=list)
-    attention_errors: list[dict[str, Any]] = field(default_factory=list)
+    errors: LayerErrors = field(default_factory=LayerErrors)
     seconds: Seconds = field(default_factory=Seconds)
 
 
@@ -125,6 +124,7 @@ def score_policy(
     on_segment: Callable[[int], None] = lambda segment: None,
     *,
     calibration: Calibration | None = None,
+    error_segments: int = 1,
 ) -> Scores:
     """Measures one policy on one dataset.
 
@@ -136,6 +136,7 @@ def score_policy(
         policy: what to simulate, or None for the uncompressed model itself.
         on_segment: called before each segment with its index.
         calibration: for policies that need one.
+        error_segments: how many segments, from the first, also measure errors per layer.
 
     Raises:
         EvaluationError: the quantiser refuses (NaN in the keys, say) or predictions are not finite.
@@ -151,12 +152,10 @@ def score_policy(
         tokens = torch.from_numpy(row).to(loaded.device)
         logits = reference = references.get(dataset, index, tokens)
         if policy is not None:
-            options = {"calibration": calibration, "measure_errors": index == 0}
+            options = {"calibration": calibration, "measure_errors": index < error_segments}
             logits, simulation = _simulated_forward(loaded, policy, tokens, scores, where, **options)
             tally.add(simulation.tally.elements, simulation.tally.bits, simulation.tally.table_bits)
-            if index == 0:
-                scores.layer_errors = list(simulation.layer_errors)
-                scores.attention_errors = list(simulation.attention_errors)
+            scores.errors.merge(simulation.errors)
         _add_comparison(scores, reference, logits, tokens[1:])
         if not (np.isfinite(scores.nll[-1]) and np.isfinite(scores.kl[-1])):
             raise EvaluationError(f"{where}: {_why_not_finite(loaded, tokens)}")

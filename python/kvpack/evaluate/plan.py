@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from kvpack.calibrate import Calibration
 
 REFERENCE_POLICY = "fp16"
+_CALIBRATION_FIELDS = (
+    "model_name", "bits", "outlier_fraction", "sink", "weights", "times_half_range", "nsamples", "seqlen", "seed",
+    "texts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Request:
         command: how the user asked, for the document.
         calibration: a file of `kvpack calibrate`, for policies that need one.
         skip: share of each text, from its start, that is left out: 0 to below 1; what a calibration has seen, say.
+        error_segments: segments of each text, from the first, that also measure errors per layer; 0 is none.
     """
 
     model: str
@@ -67,6 +72,7 @@ class Request:
     command: str = ""
     calibration: str | Path | None = None
     skip: float = 0.0
+    error_segments: int = 1
 
 
 @dataclass
@@ -164,7 +170,12 @@ def _parsed_policies(given: tuple[str, ...]) -> list[Policy]:
 
 
 def _check_numbers(request: Request) -> None:
-    for name, value, least in (("seqlen", request.seqlen, 2), ("limit", request.limit, 1)):
+    numbers = (
+        ("seqlen", request.seqlen, 2),
+        ("limit", request.limit, 1),
+        ("error segments", request.error_segments, 0),
+    )
+    for name, value, least in numbers:
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     if not 0 <= request.skip < 1:
@@ -189,7 +200,7 @@ def _read_calibration(request: Request, policies: list[Policy], listener: Listen
 def _describe_calibration(request: Request, calibration: Calibration) -> dict[str, Any]:
     content = Path(str(request.calibration)).expanduser().read_bytes()
     return {"name": Path(str(request.calibration)).name, "sha256": hashlib.sha256(content).hexdigest()} | {
-        name: calibration.header[name] for name in ("bits", "outlier_fraction", "sink", "weights", "times_half_range")
+        name: calibration.header[name] for name in _CALIBRATION_FIELDS
     }
 
 
@@ -264,6 +275,7 @@ def _new_document(
         "device": device,
         "seqlen": request.seqlen,
         "limit": request.limit,
+        "error_segments": request.error_segments,
         "datasets": datasets,
         "versions": describe_versions(),
         "machine": describe_machine(),

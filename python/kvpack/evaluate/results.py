@@ -148,6 +148,8 @@ def check_same_run(found: dict[str, Any], wanted: dict[str, Any], path: Path) ->
     if found["model"].get("fingerprint") != wanted["model"]["fingerprint"]:
         named = [f"{side['model'].get('name')} ({side['model'].get('fingerprint')})" for side in (found, wanted)]
         pairs.insert(0, ("model", *named))
+    # Files from before there was --error-segments measured one.
+    pairs.append(("error segments", found.get("error_segments", 1), wanted.get("error_segments", 1)))
     if "calibration" in found and "calibration" in wanted:
         pairs.append(("calibration", *(side["calibration"].get("sha256") for side in (found, wanted))))
     known = {dataset["name"]: dataset for dataset in found["datasets"]}

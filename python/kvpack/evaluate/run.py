@@ -77,9 +77,8 @@ def _measure(plan: Plan, pending: list[tuple[Policy | None, str]], listener: Lis
     for policy, dataset in pending:
         segments = plan.segments[dataset]
         heard = _Forwards(references, listener, _name(policy), dataset, len(segments))
-        scores = score_policy(
-            loaded, references, dataset, segments, policy, heard.on_segment, calibration=plan.calibration
-        )
+        options = {"calibration": plan.calibration, "error_segments": plan.request.error_segments}
+        scores = score_policy(loaded, references, dataset, segments, policy, heard.on_segment, **options)
         heard.finish()
         row = _row(plan, policy, dataset, scores)
         plan.document["rows"].append(row)
@@ -154,8 +153,8 @@ def _row(plan: Plan, policy: Policy | None, dataset: str, scores: Any) -> dict[s
         "kl_per_segment": scores.kl,
         "top1_per_segment": scores.top1,
         "policy_json": (parse_policy(REFERENCE_POLICY) if policy is None else policy).to_json(),
-        "layer_errors": scores.layer_errors,
-        "attention_errors": scores.attention_errors,
+        "layer_errors": scores.errors.of_tensors(),
+        "attention_errors": scores.errors.of_attention(),
         "seconds": {name: round(getattr(scores.seconds, name), 3) for name in ("total", "model", "kvpack", "metrics")},
     }
 

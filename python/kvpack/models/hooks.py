@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kvpack import ops
 from kvpack.calibration_checks import as_calibration, check_calibration
 from kvpack.methods import DENSE_BITS, Kind
 from kvpack.models.attention import intercept_attention
 from kvpack.models.calls import WHOLE_SEQUENCES, CallGuard, callers_of
+from kvpack.models.layer_errors import LayerErrors
 from kvpack.models.layers import AttentionLayer, find_attention_layers
 from kvpack.models.window import attend_with_window
 from kvpack.policy import Policy, as_policy
@@ -84,6 +84,7 @@ class Simulation:
             cache as it is after the last token. `fp16` counts nothing and has 16 bits.
         seconds: wall time spent in kvpack's hooks, without the model's own attention. On a GPU this is the time to
             start the work, not the work.
+        errors: the sums behind layer_errors and attention_errors; empty unless measure_errors.
     """
 
     def __init__(
@@ -95,8 +96,7 @@ class Simulation:
         self._model = model
         self._measure_errors = measure_errors
         self._calibration = calibration
-        self._errors: dict[tuple[int, Kind], list[float]] = {}
-        self._attention_errors: dict[int, list[float]] = {}
+        self.errors = LayerErrors()
         self._undo = ExitStack()
         layers = [] if policy.is_exact and not policy.layers else find_attention_layers(model)
         policy.check_layers({layer.index for layer in layers}, type(model).__name__)
@@ -114,10 +114,7 @@ class Simulation:
 
         The relative error is the sum of squared errors over the sum of squares, over all calls so far: no square root.
         """
-        return [
-            {"layer": layer, "kind": kind, "relative_error": error / norm if norm else 0.0}
-            for (layer, kind), (error, norm) in sorted(self._errors.items())
-        ]
+        return self.errors.of_tensors()
 
     @property
     def attention_errors(self) -> list[dict[str, Any]]:
@@ -126,10 +123,7 @@ class Simulation:
         Compared are attention over dense and over simulated keys and values of one layer, for the same queries: those
         of the simulated model. The error is relative as in layer_errors. Layers that keep every bit are left out.
         """
-        return [
-            {"layer": layer, "relative_error": error / norm if norm else 0.0}
-            for layer, (error, norm) in sorted(self._attention_errors.items())
-        ]
+        return self.errors.of_attention()
 
     def __enter__(self) -> Simulation:
         modules = list(self._model.modules()) if isinstance(self._model, nn.Module) else []
@@ -170,19 +164,6 @@ class Simulation:
             yield
         finally:
             self.seconds += time.perf_counter() - start
-
-    def _record_error(self, layer: int, kind: Kind, x: torch.Tensor, y: torch.Tensor) -> None:
-        _add_error(self._errors.setdefault((layer, kind), [0.0, 0.0]), x, y)
-
-    def _record_attention_error(self, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        _add_error(self._attention_errors.setdefault(layer, [0.0, 0.0]), x, y)
-
-
-def _add_error(sums: list[float], x: torch.Tensor, y: torch.Tensor) -> None:
-    # The comparison runs on the host; it is a measurement, not a part of what is measured.
-    error = ops.compare_tensors(x.detach().cpu().flatten(2), y.detach().cpu().flatten(2))
-    sums[0] += error.squared_error
-    sums[1] += error.squared_norm
 
 
 class _LayerHooks:
@@ -285,7 +266,7 @@ class _LayerHooks:
             out, weights = original(query, key, value, attention_mask, **kwargs)
         if exact is not None:
             with self.simulation._timed():
-                self.simulation._record_attention_error(self.layer.index, exact, out)
+                self.simulation.errors.add(self.layer.index, "attention", exact, out)
         return out, weights
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -323,7 +304,7 @@ class _LayerHooks:
             except ValueError as error:
                 raise ValueError(f"layer {self.layer.index} {kind}s: {error}") from error
             if self.simulation._measure_errors:
-                self.simulation._record_error(self.layer.index, kind, x, out)
+                self.simulation.errors.add(self.layer.index, kind, x, out)
         return _NoGradient.apply(x, out) if torch.is_grad_enabled() and x.requires_grad else out
 
     def _simulate(self, x: torch.Tensor, kind: Kind) -> torch.Tensor:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from kvpack.files import write_whole
-from kvpack.report.plots import plot_against_bits, plot_layer_errors
+from kvpack.report.calibration import describe_calibration, read_seen_tokens
+from kvpack.report.elements import escape, make_figure, make_grid, make_table
+from kvpack.report.layers import make_layer_part
+from kvpack.report.plots import plot_against_bits
 from kvpack.report.rows import Row, check_schema, items, mapping, number, pareto_policies, read_rows
 from kvpack.report.style import STAND_INS, STYLE_SHEET
-from kvpack.report.svg import to_inline_svg
 from kvpack.report.wording import MISSING, read_caveats, read_result, say, say_interval, visible
 
 # Nothing may be loaded and no script may run, whatever a document smuggles in.
@@ -51,15 +50,16 @@ _TERMS = (
     ("causal", "Statistics come from groups of at most 64 past tokens only, as a decoder can have them."),
     (
         "relative error",
-        "Squared distance between the keys (or values) of a layer and their compressed form, divided by their squared "
-        "size. It says where a method loses, not how much that matters to the model.",
+        "Squared distance between something in the model with the compressed and with the exact cache, divided by its "
+        "squared size: the keys or values of a layer, or what its attention puts out. It says where a method loses, "
+        "not how much that matters to the model.",
+    ),
+    (
+        "calibrated",
+        "Key channels use static ranges and codebooks found on other text beforehand, as a decoder can have them; "
+        "statistics of values come from one token at a time.",
     ),
 )
-
-
-def escape(text: object) -> str:
-    """Any text as HTML, safe in elements and in quoted attributes."""
-    return html.escape(visible(str(text)), quote=True)
 
 
 def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -95,7 +95,8 @@ def render_report(results: Mapping[str, Any]) -> str:
         "</header>",
         "<main>",
     ]
-    body += [_dataset_section(name, rows, indices, f"d{n}") for n, (name, rows) in enumerate(sections.items())]
+    for number_of, (name, rows) in enumerate(sections.items()):
+        body.append(_dataset_section(name, rows, indices, f"d{number_of}", results))
     if not sections:
         body.append("<p>This document has no rows yet.</p>")
     body += [_settings_section(results), _terms_section(), "</main>"]
@@ -129,28 +130,21 @@ def _incomplete_note(results: Mapping[str, Any], sections: Mapping[str, Sequence
     )
 
 
-def _dataset_section(name: str, rows: Sequence[Row], indices: Mapping[str, int], identifier: str) -> str:
+def _dataset_section(
+    name: str, rows: Sequence[Row], indices: Mapping[str, int], identifier: str, results: Mapping[str, Any]
+) -> str:
     parts = [f'<section aria-labelledby="{identifier}">', f'<h2 id="{identifier}">{escape(name)}</h2>']
     if rows:
         parts.append(f"<p>{escape(' '.join(read_result(rows)))}</p>")
-        caveats = " ".join(read_caveats(rows))
+        caveats = " ".join([*read_caveats(rows), *read_seen_tokens(name, results)])
         parts.append(f'<p class="hint">{escape(caveats)}</p>' if caveats else "")
         parts.append(_quality_figures(rows, indices, identifier))
         parts.append(_table(rows))
-        parts.append(_layer_figures(rows, indices, identifier))
+        parts.append(make_layer_part(rows, indices, identifier, results.get("error_segments")))
     else:
         parts.append("<p>Nothing has been measured on this dataset yet.</p>")
     parts.append("</section>")
     return "\n".join(part for part in parts if part)
-
-
-def _figure(draw: Callable[[], Figure | None], identifier: str, title: str, data: str, caption: str) -> str:
-    """One figure element, empty when there is nothing to draw."""
-    drawing = draw()
-    if drawing is None:
-        return ""
-    svg = to_inline_svg(drawing, identifier, visible(title), visible(data))
-    return f"<figure>\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
 
 
 def _values_in_words(rows: Sequence[Row], quantity: str) -> str:
@@ -161,7 +155,7 @@ def _values_in_words(rows: Sequence[Row], quantity: str) -> str:
 def _quality_figures(rows: Sequence[Row], indices: Mapping[str, int], identifier: str) -> str:
     edge = _edge_note(rows)
     figures = [
-        _figure(
+        make_figure(
             lambda: plot_against_bits(rows, "rise", "rise of perplexity", indices, STAND_INS),
             f"{identifier}rise",
             "Rise of perplexity against bits per element",
@@ -170,7 +164,7 @@ def _quality_figures(rows: Sequence[Row], indices: Mapping[str, int], identifier
             "policies are towards the lower left. The dashed line joins those that no other policy beats in both; "
             f"bars are 95\u00a0% intervals. fp16, at 16 bits and 0, is not drawn.{edge}",
         ),
-        _figure(
+        make_figure(
             lambda: plot_against_bits(rows, "kl", "KL divergence, nats per token", indices, STAND_INS),
             f"{identifier}kl",
             "KL divergence against bits per element",
@@ -179,7 +173,7 @@ def _quality_figures(rows: Sequence[Row], indices: Mapping[str, int], identifier
             "smaller. Less noisy than perplexity, which can fall by luck.",
         ),
     ]
-    return _grid(figures, "There is no policy to draw beside fp16 yet.")
+    return make_grid(figures, "There is no policy to draw beside fp16 yet.")
 
 
 def _edge_note(rows: Sequence[Row]) -> str:
@@ -189,38 +183,11 @@ def _edge_note(rows: Sequence[Row]) -> str:
     return " Hollow markers at an edge stand for values the scale cannot show: no rise at all, or none that is finite."
 
 
-def _layer_figures(rows: Sequence[Row], indices: Mapping[str, int], identifier: str) -> str:
-    caption = (
-        "Relative error of the {0}s in every layer, on the first segment: squared distance to the exact {0}s over "
-        "their squared size. Lower is better. Layers differ in how much their errors matter, so compare policies, not "
-        "layers."
-    )
-    figures = [
-        _figure(
-            lambda kind=kind: plot_layer_errors(rows, kind, indices, STAND_INS),
-            f"{identifier}{kind}",
-            f"Relative error of {kind}s by layer",
-            f"One line per policy over the layers: {', '.join(row.policy for row in rows if row.layer_errors)}.",
-            caption.format(kind),
-        )
-        for kind in ("key", "value")
-    ]
-    return "<h3>Error by layer</h3>\n" + _grid(figures, "This run did not measure errors by layer.")
-
-
-def _grid(figures: Sequence[str], otherwise: str) -> str:
-    drawn = [figure for figure in figures if figure]
-    if not drawn:
-        return f'<p class="hint">{escape(otherwise)}</p>'
-    return '<div class="figures">\n' + "\n".join(drawn) + "\n</div>"
-
-
 _COLUMNS = ("policy", "bits", "perplexity", "rise", "95\u00a0% interval", "KL", "top-1", "mode", "time")
 
 
 def _table(rows: Sequence[Row]) -> str:
     front = pareto_policies(rows)
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in _COLUMNS)
     lines = []
     for row in rows:
         starred = row.policy in front and not row.is_baseline
@@ -235,15 +202,8 @@ def _table(rows: Sequence[Row]) -> str:
             row.mode or MISSING,
             _time(row),
         )
-        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        lines.append(
-            f'<tr><th scope="row"><span class="name">{escape(visible(row.policy, 100))}{star}</span></th>{values}</tr>'
-        )
-    return (
-        '<div class="table" role="region" aria-label="All rows" tabindex="0">\n<table>\n'
-        "<caption><span>★ No other policy is both smaller and better.</span></caption>\n"
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>\n</div>"
-    )
+        lines.append((escape(visible(row.policy, 100)) + star, cells))
+    return make_table("All rows", _COLUMNS, lines, "★ No other policy is both smaller and better.")
 
 
 def _time(row: Row) -> str:
@@ -263,6 +223,7 @@ def _settings_section(results: Mapping[str, Any]) -> str:
     ]
     for dataset in map(mapping, items(results.get("datasets"))):
         pairs.append((f"dataset {dataset.get('name', '')}", _joined(dataset, skip=("name",))))
+    pairs += describe_calibration(results)
     pairs += [
         ("versions", _joined(mapping(results.get("versions")))),
         ("machine", _joined(mapping(results.get("machine")))),

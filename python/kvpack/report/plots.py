@@ -238,8 +238,16 @@ def _draw_labels(
             axes.plot([start[0], end[0]], [start[1], end[1]], color=colour, linewidth=0.7, clip_on=False, zorder=2)
 
 
-def plot_layer_errors(rows: Sequence[Row], kind: str, indices: Mapping[str, int], theme: Theme) -> Figure | None:
-    """Plots the relative error of one kind ("key" or "value") in every layer, one line per policy, on a log scale.
+def plot_layer_errors(
+    rows: Sequence[Row], kind: str, subject: str, indices: Mapping[str, int], theme: Theme
+) -> Figure | None:
+    """Plots the relative error of one kind in every layer, one line per policy, on a log scale.
+
+    Args:
+        rows: rows of one dataset.
+        kind: "key", "value" or "attention".
+        subject: what stands above the axis for it, as "the keys".
+        indices, theme: as plot_against_bits.
 
     Errors of 0 (nothing was changed) and those that are not finite have no place on it and leave gaps.
 
@@ -275,7 +283,7 @@ def plot_layer_errors(rows: Sequence[Row], kind: str, indices: Mapping[str, int]
     _log_ticks(axes.yaxis, *axes.get_ylim())
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer", fontsize=_TEXT, color=theme["ink"], labelpad=3)
-    _decorate(axes, theme, f"relative error of {kind}s (log scale)")
+    _decorate(axes, theme, f"relative error of {subject} (log scale)")
     _draw_legend(figure, columns, theme)
     return figure
 

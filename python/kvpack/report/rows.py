@@ -15,7 +15,7 @@ from kvpack.evaluate.results import SCHEMA, VERSION
 
 @dataclass(frozen=True)
 class LayerError:
-    """Relative error |x - x'|^2 / |x|^2 of one layer's keys or values."""
+    """Relative error |x - x'|^2 / |x|^2 of one layer's keys ("key"), values ("value") or attention ("attention")."""
 
     layer: int
     kind: str
@@ -120,15 +120,18 @@ def _read_row(entry: Mapping[str, Any]) -> Row:
         segments=len(items(entry.get("nll"))),
         seconds=number(seconds.get("total")),
         seconds_kvpack=number(seconds.get("kvpack")),
-        layer_errors=tuple(_read_layer_errors(entry.get("layer_errors"))),
+        layer_errors=(
+            *_read_layer_errors(entry.get("layer_errors")),
+            *_read_layer_errors(entry.get("attention_errors"), "attention"),
+        ),
     )
 
 
-def _read_layer_errors(value: Any) -> Iterable[LayerError]:
+def _read_layer_errors(value: Any, kind: str | None = None) -> Iterable[LayerError]:
     for entry in map(mapping, items(value)):
         layer, error = number(entry.get("layer")), number(entry.get("relative_error"))
         if layer is not None and error is not None and math.isfinite(layer):
-            yield LayerError(int(layer), str(entry.get("kind")), error)
+            yield LayerError(int(layer), kind or str(entry.get("kind")), error)
 
 
 def pareto_policies(rows: Iterable[Row]) -> list[str]:

@@ -100,6 +100,8 @@ th:first-child { text-align: left; position: sticky; left: 0; background: var(--
 th:first-child span.name { display: block; width: max-content; max-width: 9.5rem; white-space: normal;
   overflow-wrap: anywhere; }
 .star { color: var(--series-1); }
+details { margin: .75rem 0; }
+summary { cursor: pointer; color: var(--link); }
 dl { display: grid; grid-template-columns: minmax(6rem, 11rem) 1fr; gap: .35rem 1rem; }
 dt { color: var(--quiet); }
 dd { margin: 0; min-width: 0; max-width: 46rem; }
