@@ -10,7 +10,9 @@
 #include "attend/keys_cuda.cuh"
 #include "attend/values_cuda.cuh"
 #include "attend/workspace.h"
+#include "core/divide_up.h"
 #include "cuda/device.h"
+#include "formats/tile64/tiles.h"
 
 namespace kvpack::cuda {
 
@@ -54,16 +56,16 @@ Splits choose_splits(std::int64_t units, std::int64_t blocks, std::int64_t resid
   std::int64_t best = 1;
   double best_cost = INFINITY;
   for (std::int64_t count = 1; count <= useful; ++count) {
-    const std::int64_t waves = (units * count + resident - 1) / resident;
-    const std::int64_t blocks_of_warp = (blocks + count * kAttendWarps - 1) / (count * kAttendWarps);
+    const std::int64_t waves = divide_up(units * count, resident);
+    const std::int64_t blocks_of_warp = divide_up(blocks, count * kAttendWarps);
     const double cost = static_cast<double>(waves * blocks_of_warp) + 0.02 * static_cast<double>(count);
     if (cost < best_cost) {
       best_cost = cost;
       best = count;
     }
   }
-  const std::int64_t stride = (blocks + best - 1) / best;
-  return {static_cast<std::int32_t>((blocks + stride - 1) / stride), static_cast<std::int32_t>(stride)};
+  const std::int64_t stride = divide_up(blocks, best);
+  return {static_cast<std::int32_t>(divide_up(blocks, stride)), static_cast<std::int32_t>(stride)};
 }
 
 /// Thread blocks of a kernel that the current GPU holds at a time; allows the kernel its shared memory.
@@ -78,8 +80,6 @@ std::int64_t resident_blocks(void (*kernel)(Params), int shared_bytes) {
              "tell how many thread blocks fit");
   return std::max<std::int64_t>(1, static_cast<std::int64_t>(blocks) * multiprocessors);
 }
-
-std::int64_t num_blocks(const Tile64Data& tiles) { return (tiles.tokens + kTileElements - 1) / kTileElements; }
 
 template <int kBits, int kTiles>
 void launch_keys_as(KeysParams params, cudaStream_t stream) {
@@ -194,7 +194,7 @@ void multiply_tile64(const MultiplyTile64Problem& problem) {
     params.out = static_cast<std::uint16_t*>(problem.out);
     params.type = type;
     params.columns = columns;
-    params.blocks = static_cast<std::int32_t>(num_blocks(tiles));
+    params.blocks = static_cast<std::int32_t>(tile64::blocks_of(tiles.tokens));
     launch_keys(params, stream);
     return;
   }
@@ -207,7 +207,7 @@ void multiply_tile64(const MultiplyTile64Problem& problem) {
     params.sums = parts.sums;
     params.type = type;
     params.columns = columns;
-    params.blocks = static_cast<std::int32_t>(num_blocks(tiles));
+    params.blocks = static_cast<std::int32_t>(tile64::blocks_of(tiles.tokens));
     combine.splits = launch_values(params, stream);
   }
   combine.sums = parts.sums;
@@ -236,7 +236,7 @@ void attend_tile64(const AttendTile64Problem& problem) {
     keys.output = ScoreOutput::kLogits;
     keys.type = type;
     keys.columns = columns;
-    keys.blocks = static_cast<std::int32_t>(num_blocks(problem.keys));
+    keys.blocks = static_cast<std::int32_t>(tile64::blocks_of(problem.keys.tokens));
     set_scale(keys, problem.scale, problem.softcap);
     launch_keys(keys, stream);
     ValuesParams values;

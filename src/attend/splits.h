@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/divide_up.h"
 #include "kvpack/tile64.h"
 
 namespace kvpack {
@@ -65,8 +66,6 @@ class Splits {
   [[nodiscard]] std::int64_t partials() const { return batches_ * splits_ * columns_; }
 
  private:
-  static std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
   std::int64_t batches_;
   std::int64_t columns_;
   std::int64_t tokens_;

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kvpack/tile64.h"
+#include "core/divide_up.h"
+#include "formats/tile64/tiles.h"
 
 namespace kvpack {
 
@@ -25,8 +26,8 @@ struct AttendWorkspace {
 
 constexpr AttendWorkspace attend_workspace(std::int64_t batches, std::int64_t columns, std::int64_t tokens,
                                            std::int64_t head_dim) {
-  const auto rounded = [](std::int64_t bytes) { return (bytes + 255) / 256 * 256; };
-  const std::int64_t blocks = (tokens + kTileElements - 1) / kTileElements;
+  const auto rounded = [](std::int64_t bytes) { return round_up(bytes, 256); };
+  const std::int64_t blocks = tile64::blocks_of(tokens);
   const std::int64_t units = batches * std::max<std::int64_t>(head_dim / kTileElements, 1);
   const std::int64_t rows = batches * columns * std::min(most_splits(units), std::max<std::int64_t>(blocks, 1));
   return {rounded(batches * columns * blocks * kTileElements * 4), rounded(rows * head_dim * 4), rounded(rows * 8)};

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "codebook/implementations.h"
+#include "core/divide_up.h"
 #include "core/half.h"
 #include "core/parallel.h"
 #include "core/with_type.h"
@@ -47,7 +48,7 @@ void accumulate(const HistogramProblem& problem, std::int64_t first, std::int64_
 }  // namespace
 
 HistogramCounts accumulate_histogram(const HistogramProblem& problem) {
-  const std::int64_t num_slices = (problem.tokens + kSliceTokens - 1) / kSliceTokens;
+  const std::int64_t num_slices = divide_up(problem.tokens, kSliceTokens);
   std::vector<Slice> slices(static_cast<std::size_t>(num_slices));
   with_float_type(problem.dtype, [&]<typename T>() {
     auto task = [&](std::int64_t i) {

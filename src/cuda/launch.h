@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "core/portable.h"
+#include "core/divide_up.h"
 
 namespace kvpack::cuda {
 
@@ -14,10 +14,6 @@ inline constexpr int kWarpLanes = 32;
 inline int grid_blocks(std::int64_t num_tiles) {
   constexpr std::int64_t kMostBlocks = 1 << 20;
   return static_cast<int>(std::clamp<std::int64_t>(num_tiles, 1, kMostBlocks));
-}
-
-KVPACK_HOST_DEVICE constexpr std::int64_t divide_up(std::int64_t count, std::int64_t size) {
-  return (count + size - 1) / size;
 }
 
 }  // namespace kvpack::cuda

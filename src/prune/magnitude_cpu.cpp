@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/divide_up.h"
 #include "core/half.h"
 #include "core/parallel.h"
 #include "core/with_type.h"

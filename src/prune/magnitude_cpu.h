@@ -95,7 +95,7 @@ std::int64_t prune_tokens(const PruneProblem& problem, std::int64_t first_token,
     const std::int64_t survivors = prune_words<T>(problem, first_token, end_token);
     if (survivors >= 0) return survivors;
   }
-  const std::int64_t padded = (problem.head_dim + kLanes - 1) / kLanes * kLanes;
+  const std::int64_t padded = round_up(problem.head_dim, kLanes);
   std::int64_t kept = 0;
   for (std::int64_t token = first_token; token < end_token; ++token) {
     const T* x = static_cast<const T*>(problem.x) + token * problem.x_token_stride;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/divide_up.h"
 #include "kvpack/quantize.h"
 #include "quantize/codebook.h"
 
@@ -53,7 +54,7 @@ inline TokenRange token_group(const UniformProblem& problem, std::int64_t index)
 /// Number of groups that are quantised: in causal mode an incomplete last group stays exact.
 inline std::int64_t num_token_groups(const UniformProblem& problem) {
   const bool only_complete = problem.options.causality == Causality::kCausal;
-  return only_complete ? problem.tokens / problem.group : (problem.tokens + problem.group - 1) / problem.group;
+  return only_complete ? problem.tokens / problem.group : divide_up(problem.tokens, problem.group);
 }
 
 /// The calibrated grid of a vector; `channel` counts per channel, `token` per token.

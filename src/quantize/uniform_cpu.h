@@ -159,9 +159,9 @@ void run_per_channel(const UniformProblem& problem, TaskTotals& totals) {
   }
   // One long group is shared by channels, many groups by tokens.
   const std::int64_t threads = groups > 1 ? 1 : num_threads();
-  const std::int64_t share = ((problem.channels + threads - 1) / threads + 31) / 32 * 32;
+  const std::int64_t share = round_up(divide_up(problem.channels, threads), 32);
   const std::int64_t tile_channels = share < kMaxTileChannels ? share : kMaxTileChannels;
-  const std::int64_t tiles = (problem.channels + tile_channels - 1) / tile_channels;
+  const std::int64_t tiles = divide_up(problem.channels, tile_channels);
   const std::int64_t groups_per_task = 1 + kTaskElements / (problem.group * tile_channels);
   auto task = [&](std::int64_t index) {
     const std::int64_t first = index % tiles * tile_channels;
@@ -179,7 +179,7 @@ void run_per_channel(const UniformProblem& problem, TaskTotals& totals) {
     }
     totals.add(counts, all_finite);
   };
-  parallel_for(tiles * ((groups + groups_per_task - 1) / groups_per_task), task);
+  parallel_for(tiles * divide_up(groups, groups_per_task), task);
 }
 
 /// Tokens that come back exactly: the protected ones, and in causal mode an incomplete last group.

@@ -153,7 +153,7 @@ std::int64_t simulate_long_group(const UniformProblem& problem, TokenRange range
                      channels,
                      0};
   const std::int64_t chunk = (tile.tokens / num_threads() / kRows + 1) * kRows;
-  const std::int64_t chunks = (tile.tokens + chunk - 1) / chunk;
+  const std::int64_t chunks = divide_up(tile.tokens, chunk);
   float* lows = thread_scratch((2 * chunks + 1) * channels);
   float* highs = lows + chunks * channels;
   float* inverse = highs + chunks * channels;

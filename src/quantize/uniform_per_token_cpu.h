@@ -38,7 +38,7 @@ inline OutlierSplit split_row(const float* values, std::int64_t count, const Out
   if (tails_are_short(plan, count) && count >= kLanes) {
     // Pivots: extremes of 2k blocks, a block being one lane of a run of registers. The k-th largest of these maxima is
     // at most the k-th largest element, and only about 1.4 k elements lie above it.
-    const std::int64_t chunks = (2 * longest + kLanes - 1) / kLanes;
+    const std::int64_t chunks = divide_up(2 * longest, kLanes);
     const std::int64_t chunk = count / kLanes / chunks * kLanes;
     for (std::int64_t b = 0; b < chunks; ++b) {
       F32 high = load(values + b * chunk);

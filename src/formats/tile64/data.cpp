@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "core/divide_up.h"
 #include "formats/tile64/tiles.h"
 #include "formats/tile64_f16/layout.h"
 #include "formats/tile64_q/layout.h"
@@ -143,7 +144,7 @@ DenseMatrices checked_matrices(const TensorView& view, const char* name, const T
 void* checked_workspace(const TensorView& workspace, std::int64_t bytes, const Device& device) {
   if (bytes == 0) return nullptr;
   constexpr std::int64_t kWordBytes = 8;
-  const std::int64_t words = (bytes + kWordBytes - 1) / kWordBytes;
+  const std::int64_t words = divide_up(bytes, kWordBytes);
   const bool fits = workspace.rank == 1 && workspace.dtype == DType::kInt64 && workspace.shape[0] >= words;
   if (!fits) {
     throw InvalidArgument(text("workspace is ", name_of(workspace.dtype), " of shape ", shape_text(workspace),

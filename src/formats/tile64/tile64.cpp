@@ -91,7 +91,7 @@ std::int64_t tile64_tiles(std::int64_t tokens, std::int64_t head_dim) {
   require(head_dim == 64 || head_dim == 128 || head_dim == 256, "head_dim is ", head_dim,
           "; it must be 64, 128 or 256");
   require(tokens >= 0 && tokens <= kMostTokens, "tokens is ", tokens, "; it must be 0 to ", kMostTokens);
-  return tile64::padded_tokens(tokens) / kTileElements * head_dim;
+  return tile64::blocks_of(tokens) * head_dim;
 }
 
 // Let tile t hold n_t survivors, S = sum of n_t <= batches * tokens * kept_per_row (tokens that fill up the last block

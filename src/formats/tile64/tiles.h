@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "core/divide_up.h"
 #include "core/portable.h"
 #include "kvpack/tile64.h"
 
@@ -31,9 +32,10 @@ KVPACK_HOST_DEVICE inline TilePlace place_of(CacheKind kind, std::int64_t head_d
 /// The bitmap bit of element i of a tile: most significant first.
 KVPACK_HOST_DEVICE constexpr std::uint64_t bitmap_bit(int element) { return std::uint64_t{1} << (63 - element); }
 
-/// Tokens including those that fill up the last block of 64.
-KVPACK_HOST_DEVICE constexpr std::int64_t padded_tokens(std::int64_t tokens) {
-  return (tokens + kTileElements - 1) / kTileElements * kTileElements;
-}
+/// Blocks of 64 tokens of one batch.
+KVPACK_HOST_DEVICE constexpr std::int64_t blocks_of(std::int64_t tokens) { return divide_up(tokens, kTileElements); }
+
+/// Tokens including those that fill up the last block.
+KVPACK_HOST_DEVICE constexpr std::int64_t padded_tokens(std::int64_t tokens) { return round_up(tokens, kTileElements); }
 
 }  // namespace kvpack::tile64

@@ -16,11 +16,6 @@ namespace kvpack::tile64 {
 
 inline constexpr std::int64_t kSlotAlignment = 16;
 
-/// Blocks of 64 tokens of one batch.
-KVPACK_HOST_DEVICE constexpr std::int64_t blocks_of(std::int64_t tokens) {
-  return padded_tokens(tokens) / kTileElements;
-}
-
 /// Bytes of a block whose survivors are all of its elements: head_dim tiles of 64 * bits bits, whatever the format.
 KVPACK_HOST_DEVICE constexpr std::int64_t slot_bytes(std::int32_t bits, std::int64_t head_dim) {
   return head_dim * kTileElements * bits / 8;
@@ -30,7 +25,7 @@ KVPACK_HOST_DEVICE constexpr std::int64_t slot_bytes(std::int32_t bits, std::int
 constexpr std::int64_t compress_workspace_bytes(std::int32_t bits, std::int64_t batches, std::int64_t tokens,
                                                 std::int64_t head_dim) {
   const std::int64_t blocks = batches * blocks_of(tokens);
-  const std::int64_t words = (blocks + 1) / 2;  // of 8 bytes, for the sizes
+  const std::int64_t words = divide_up(blocks, 2);  // of 8 bytes, for the sizes
   return words * static_cast<std::int64_t>(sizeof(std::int64_t)) + kSlotAlignment + blocks * slot_bytes(bits, head_dim);
 }
 

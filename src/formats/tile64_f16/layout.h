@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "core/divide_up.h"
 #include "core/portable.h"
 
 namespace kvpack::tile64_f16 {
@@ -16,9 +17,7 @@ inline constexpr std::int64_t kHalvesPerOffset = 2;  // unit of offsets: uint32
 inline constexpr std::int64_t kHalvesPerStart = 8;   // unit of starts: 16 bytes
 
 /// Halves that a tile of `count` survivors takes.
-KVPACK_HOST_DEVICE constexpr std::int64_t tile_halves(std::int64_t count) {
-  return (count + kTilePadHalves - 1) / kTilePadHalves * kTilePadHalves;
-}
+KVPACK_HOST_DEVICE constexpr std::int64_t tile_halves(std::int64_t count) { return round_up(count, kTilePadHalves); }
 
 /// First half of a tile in the payload of all batches.
 KVPACK_HOST_DEVICE constexpr std::int64_t first_half(std::int32_t start, std::int32_t offset) {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/divide_up.h"
 #include "core/portable.h"
 
 namespace kvpack::tile64_q {
@@ -19,7 +20,7 @@ KVPACK_HOST_DEVICE constexpr int capacity(int bits) { return kWordBits / bits; }
 
 /// Words that a tile of `count` survivors takes.
 KVPACK_HOST_DEVICE constexpr std::int64_t tile_words(std::int64_t count, int bits) {
-  return (count + capacity(bits) - 1) / capacity(bits);
+  return divide_up(count, capacity(bits));
 }
 
 /// Largest code.
