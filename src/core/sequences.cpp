@@ -1,7 +1,6 @@
 // Splitting a batch into sequences, and packing layouts whose channels are not adjacent.
 #include "core/sequences.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "core/check.h"
@@ -38,9 +37,8 @@ void copy_sequence(const TensorView& source, const TensorView& target) {
   const bool rows_adjacent = source.strides[1] == 1 && target.strides[1] == 1;
   // Rows in blocks, so that a thread's share is worth waking it.
   constexpr std::int64_t kBlockTokens = 256;
-  auto copy_block = [&](std::int64_t block) {
-    const std::int64_t end = std::min(source.shape[0], (block + 1) * kBlockTokens);
-    for (std::int64_t token = block * kBlockTokens; token < end; ++token) {
+  auto copy_block = [&](std::int64_t first, std::int64_t end) {
+    for (std::int64_t token = first; token < end; ++token) {
       if (rows_adjacent) {
         std::memcpy(static_cast<char*>(target.data) + token * target.strides[0] * bytes,
                     static_cast<const char*>(source.data) + token * source.strides[0] * bytes,
@@ -54,7 +52,7 @@ void copy_sequence(const TensorView& source, const TensorView& target) {
       }
     }
   };
-  parallel_for((source.shape[0] + kBlockTokens - 1) / kBlockTokens, copy_block);
+  parallel_for_blocks(0, source.shape[0], kBlockTokens, copy_block);
 }
 
 PackedSequence::PackedSequence(const TensorView& source)

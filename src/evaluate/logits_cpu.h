@@ -99,14 +99,12 @@ void compare_position(const CompareLogitsProblem& problem, std::int64_t i) {
 
 void compare_logits(const CompareLogitsProblem& problem) {
   constexpr std::int64_t kBlockPositions = 8;
-  auto compare_block = [&](std::int64_t block) {
-    const std::int64_t first = block * kBlockPositions;
-    const std::int64_t end = first + kBlockPositions < problem.positions ? first + kBlockPositions : problem.positions;
+  auto compare_block = [&](std::int64_t first, std::int64_t end) {
     with_float_type(problem.dtype, [&]<typename T>() {
       for (std::int64_t i = first; i < end; ++i) compare_position<T>(problem, i);
     });
   };
-  parallel_for((problem.positions + kBlockPositions - 1) / kBlockPositions, compare_block);
+  parallel_for_blocks(0, problem.positions, kBlockPositions, compare_block);
 }
 
 }  // namespace kvpack::KVPACK_ISA

@@ -121,9 +121,8 @@ std::int64_t prune_tokens(const PruneProblem& problem, std::int64_t first_token,
 
 std::int64_t prune_magnitude(const PruneProblem& problem) {
   constexpr std::int64_t kInlineRanks = 1024;
-  const std::int64_t num_blocks = (problem.tokens + kBlockTokens - 1) / kBlockTokens;
   std::atomic<std::int64_t> kept{0};
-  auto prune_block = [&](std::int64_t block) {
+  auto prune_block = [&](std::int64_t first, std::int64_t end) {
     alignas(64) std::uint32_t inline_ranks[kInlineRanks];
     std::vector<std::uint32_t> heap_ranks;  // only for heads wider than any model has
     std::uint32_t* ranks = inline_ranks;
@@ -131,13 +130,11 @@ std::int64_t prune_magnitude(const PruneProblem& problem) {
       heap_ranks.resize(static_cast<std::size_t>(problem.head_dim + kLanes));
       ranks = heap_ranks.data();
     }
-    const std::int64_t first = block * kBlockTokens;
-    const std::int64_t end = first + kBlockTokens < problem.tokens ? first + kBlockTokens : problem.tokens;
     const std::int64_t survivors =
         with_float_type(problem.dtype, [&]<typename T>() { return prune_tokens<T>(problem, first, end, ranks); });
     kept.fetch_add(survivors, std::memory_order_relaxed);
   };
-  parallel_for(num_blocks, prune_block);
+  parallel_for_blocks(0, problem.tokens, kBlockTokens, prune_block);
   return kept.load();
 }
 

@@ -130,16 +130,13 @@ inline constexpr std::int64_t kTaskElements = 32768;
 
 template <Outliers kOutliers, typename T>
 void run_per_token(const UniformProblem& problem, TaskTotals& totals) {
-  const std::int64_t first_token = problem.options.protected_tokens;
   const std::int64_t block = 1 + kTaskElements / problem.channels;
-  auto task = [&](std::int64_t index) {
-    const std::int64_t first = first_token + index * block;
-    const std::int64_t end = first + block < problem.tokens ? first + block : problem.tokens;
+  auto task = [&](std::int64_t first, std::int64_t end) {
     UniformCounts counts;
     const bool all_finite = simulate_tokens<kOutliers, T>(problem, first, end, counts);
     totals.add(counts, all_finite);
   };
-  parallel_for((problem.tokens - first_token + block - 1) / block, task);
+  parallel_for_blocks(problem.options.protected_tokens, problem.tokens, block, task);
 }
 
 template <Outliers kOutliers, typename T>

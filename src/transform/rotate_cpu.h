@@ -69,11 +69,8 @@ void rotate(const RotateProblem& problem) {
   constexpr std::int64_t kTaskProducts = 1 << 20;  // worth handing to another thread
   const std::int64_t block = (1 + kTaskProducts / (problem.channels * problem.head_dim) / kTogether) * kTogether;
   with_float_type(problem.dtype, [&]<typename T>() {
-    auto task = [&](std::int64_t index) {
-      const std::int64_t first = index * block;
-      rotate_tokens<T>(problem, first, first + block < problem.tokens ? first + block : problem.tokens);
-    };
-    parallel_for((problem.tokens + block - 1) / block, task);
+    auto task = [&](std::int64_t first, std::int64_t end) { rotate_tokens<T>(problem, first, end); };
+    parallel_for_blocks(0, problem.tokens, block, task);
   });
 }
 

@@ -56,9 +56,8 @@ void require_inside(const Tile64Data& tiles, const char* name) {
   const std::int64_t batch_groups = tiles.tiles / kTileElements;
   const std::int64_t groups = tiles.batches * batch_groups;
   OutsideTile outside;
-  auto check_groups = [&](std::int64_t task) {
-    const std::int64_t end = std::min(groups, (task + 1) * kGroupsOfTask);
-    for (std::int64_t group = task * kGroupsOfTask; group < end; ++group) {
+  auto check_groups = [&](std::int64_t first_group, std::int64_t end) {
+    for (std::int64_t group = first_group; group < end; ++group) {
       const std::int64_t batch = group / batch_groups;
       const std::int64_t first = group % batch_groups * kTileElements;
       if (all_fit(tiles.offsets + batch * tiles.offsets_stride() + first, last_full_offset(tiles, batch))) continue;
@@ -67,7 +66,7 @@ void require_inside(const Tile64Data& tiles, const char* name) {
       }
     }
   };
-  parallel_for((groups + kGroupsOfTask - 1) / kGroupsOfTask, check_groups);
+  parallel_for_blocks(0, groups, kGroupsOfTask, check_groups);
   outside.require_none(tiles, name);
 }
 
