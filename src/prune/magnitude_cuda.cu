@@ -74,16 +74,8 @@ __global__ void __launch_bounds__(kThreads)
       ranks[s] = magnitude_rank(element_value(entries[s]), row.scores == nullptr ? nullptr : row.scores + i);
       all_bits |= ranks[s];
     }
-    const auto count_at_least = [&ranks](std::uint32_t candidate) {
-      std::uint32_t count = 0;
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) count += ranks[s] >= candidate;
-      return static_cast<std::int64_t>(__reduce_add_sync(kAllLanes, count));
-    };
     Cut cut{0, 0};  // everything survives
-    if (!row.is_protected) {
-      cut = find_cut(__reduce_or_sync(kAllLanes, all_bits), problem.rank_from_top, problem.rule, count_at_least);
-    }
+    if (!row.is_protected) cut = find_warp_cut(ranks, all_bits, problem.rank_from_top, problem.rule);
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
       const int i = s * kWarpLanes + lane;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/reduce.cuh"
 #include "kvpack/prune.h"
 
 namespace kvpack::cuda {
@@ -39,6 +40,19 @@ __device__ Cut find_cut(std::uint32_t all_bits, std::int64_t rank_from_top, Prun
   // The threshold is the wanted rank itself, and it is shared: several entries tie there.
   if (rule == PruneRule::kKthValue) return {threshold, 0};
   return {threshold + 1, rank_from_top - count(threshold + 1)};
+}
+
+/// find_cut of a row that a warp holds, kSlots ranks a lane; `own_bits` is the OR of the lane's. All lanes call.
+template <int kSlots>
+__device__ Cut find_warp_cut(const std::uint32_t (&ranks)[kSlots], std::uint32_t own_bits, std::int64_t rank_from_top,
+                             PruneRule rule) {
+  const auto count_at_least = [&ranks](std::uint32_t candidate) {
+    std::uint32_t count = 0;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) count += ranks[s] >= candidate;
+    return static_cast<std::int64_t>(__reduce_add_sync(kAllLanes, count));
+  };
+  return find_cut(__reduce_or_sync(kAllLanes, own_bits), rank_from_top, rule, count_at_least);
 }
 
 }  // namespace kvpack::cuda

@@ -174,16 +174,8 @@ __global__ void __launch_bounds__(kPackThreads)
         ranks[s] = magnitude_rank(__uint_as_float(words[s]), scores == nullptr ? nullptr : scores + channel);
         all_bits |= ranks[s];
       }
-      const auto count_at_least = [&ranks](std::uint32_t candidate) {
-        std::uint32_t count = 0;
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) count += ranks[s] >= candidate;
-        return static_cast<std::int64_t>(__reduce_add_sync(kAllLanes, count));
-      };
       Cut cut{0, 0};  // everything survives
-      if (problem.prunes && is_real) {
-        cut = find_cut(__reduce_or_sync(kAllLanes, all_bits), problem.rank_from_top, problem.rule, count_at_least);
-      }
+      if (problem.prunes && is_real) cut = find_warp_cut(ranks, all_bits, problem.rank_from_top, problem.rule);
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         const bool is_tie = cut.num_ties > 0 && ranks[s] == cut.at_least - 1u;
