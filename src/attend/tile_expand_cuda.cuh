@@ -175,8 +175,8 @@ __device__ inline uint2 clear_pruned(uint2 values, std::uint32_t nibble) {
   return {values.x & pick_bytes(signs, 0, 0xaabb), values.y & pick_bytes(signs, 0, 0x8899)};
 }
 
-/// Chunks of 8 elements whose loads from shared memory are started together. Stores to rows might alias them as far as
-/// the compiler knows, so it would otherwise wait for each chunk's store before the next one's loads.
+/// Chunks of 8 elements (4 for halves) whose loads from shared memory stand before all of their stores, so that latencies
+/// overlap. The stores are assembly that claims no memory, so the compiler may move loads further ahead still.
 inline constexpr int kChunksInFlight = 4;
 
 /// What a lane needs to expand its tiles, worked out once.
