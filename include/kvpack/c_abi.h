@@ -123,6 +123,29 @@ typedef struct kvpack_attend_options {
   int32_t reserved;
 } kvpack_attend_options;
 
+/** kvpack::Int4Rows. `zeros` of rank 0 without memory stands for "none". */
+typedef struct kvpack_int4_rows {
+  kvpack_tensor codes;
+  kvpack_tensor scales;
+  kvpack_tensor zeros;
+  int32_t encoding;
+  int32_t reserved;
+} kvpack_int4_rows;
+
+/** kvpack::KronTransform. A view of rank 0 without memory stands for "none". */
+typedef struct kvpack_kron_transform {
+  kvpack_tensor left;
+  kvpack_tensor right;
+  kvpack_tensor diagonal;
+} kvpack_kron_transform;
+
+/** kvpack::KronOutput. */
+typedef struct kvpack_kron_output {
+  kvpack_int4_rows rows;
+  double clip_max;
+  double clip_min;
+} kvpack_kron_output;
+
 /** kvpack::TensorError. */
 typedef struct kvpack_tensor_error {
   double squared_error;
@@ -200,6 +223,37 @@ KVPACK_API int32_t kvpack_attend_tile64(const kvpack_tile64* keys, const kvpack_
                                         const kvpack_tensor* recent_keys, const kvpack_tensor* recent_values,
                                         const kvpack_attend_options* options, const kvpack_tensor* out,
                                         const kvpack_tensor* lse, const kvpack_tensor* workspace, void* stream);
+/** kvpack::kron_workspace_bytes; the bytes come back through `bytes`. */
+KVPACK_API int32_t kvpack_kron_workspace_bytes(int64_t tokens, int64_t rows, int64_t columns, int32_t dtype,
+                                               int32_t device_kind, int64_t* bytes);
+/** kvpack::kron_quantize; `outputs` has num_outputs entries. `workspace` may be null: none. */
+KVPACK_API int32_t kvpack_kron_quantize(const kvpack_tensor* x, const kvpack_kron_transform* transform,
+                                        const kvpack_kron_output* outputs, int64_t num_outputs,
+                                        const kvpack_tensor* workspace, void* stream);
+/** kvpack::rmsnorm_kron_quantize. */
+KVPACK_API int32_t kvpack_rmsnorm_kron_quantize(const kvpack_tensor* x, const kvpack_tensor* weight, double epsilon,
+                                                const kvpack_kron_transform* transform,
+                                                const kvpack_kron_output* outputs, int64_t num_outputs,
+                                                const kvpack_tensor* workspace, void* stream);
+/** kvpack::silu_mul_kron_quantize. */
+KVPACK_API int32_t kvpack_silu_mul_kron_quantize(const kvpack_tensor* gate, const kvpack_tensor* up,
+                                                 const kvpack_kron_transform* transform,
+                                                 const kvpack_kron_output* outputs, int64_t num_outputs,
+                                                 const kvpack_tensor* workspace, void* stream);
+/** kvpack::dequantize_int4. */
+KVPACK_API int32_t kvpack_dequantize_int4(const kvpack_int4_rows* rows, const kvpack_tensor* out, void* stream);
+/** kvpack::undo_transform. */
+KVPACK_API int32_t kvpack_undo_transform(const kvpack_tensor* y, const kvpack_kron_transform* inverse,
+                                         const kvpack_tensor* out, void* stream);
+/** kvpack::get_decompose_dim; the sides come back through `rows` and `columns`. */
+KVPACK_API int32_t kvpack_get_decompose_dim(int64_t n, int64_t* rows, int64_t* columns);
+/** kvpack::linear_w4a4_workspace_bytes; the bytes come back through `bytes`. */
+KVPACK_API int32_t kvpack_linear_w4a4_workspace_bytes(int64_t tokens, int64_t columns, int64_t out_features,
+                                                      int32_t device_kind, int64_t* bytes);
+/** kvpack::linear_w4a4. `bias` and `workspace` may be null: none. */
+KVPACK_API int32_t kvpack_linear_w4a4(const kvpack_int4_rows* x, const kvpack_int4_rows* weight,
+                                      const kvpack_tensor* bias, const kvpack_tensor* out,
+                                      const kvpack_tensor* workspace, void* stream);
 /** kvpack::compare_tensors. */
 KVPACK_API int32_t kvpack_compare_tensors(const kvpack_tensor* x, const kvpack_tensor* y, kvpack_tensor_error* error,
                                           void* stream);

@@ -12,5 +12,6 @@
 #include "kvpack/codebook.h"
 #include "kvpack/tile64.h"
 #include "kvpack/attend.h"
+#include "kvpack/kron.h"
 #include "kvpack/evaluate.h"
 // clang-format on

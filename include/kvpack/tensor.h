@@ -15,6 +15,8 @@ enum class DType : std::int32_t {
   kFloat64 = 3,
   kInt64 = 4,
   kInt32 = 5,
+  kInt8 = 6,
+  kUInt8 = 7,
 };
 
 /// Where the memory of a view lives. The numbers are part of the C ABI and never change.

@@ -17,11 +17,11 @@ import numpy as np
 
 from kvpack.arrays import dtype_name
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_RANK = 4
 CPU, CUDA = 0, 1
 
-_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int64": 4, "int32": 5}
+_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int64": 4, "int32": 5, "int8": 6, "uint8": 7}
 _known_dtypes: dict[Any, int] = {}
 _PADDING = tuple((0,) * (MAX_RANK - rank) for rank in range(MAX_RANK + 1))
 _DEVICE_KINDS = {"cpu": CPU, "cuda": CUDA}
@@ -39,6 +39,11 @@ TENSOR = struct.Struct("@P4i8q")
 # TENSOR: bitmaps, offsets, payload, starts, scales, zeros; NO_TENSOR for one that the format does not have.
 TILE64 = struct.Struct("@2i2q")
 NO_TENSOR = TENSOR.pack(0, 0, CPU, 0, 0, *(0,) * (2 * MAX_RANK))
+
+# kvpack_kron_transform as bytes: left, right and diagonal by TENSOR. kvpack_int4_rows: codes, scales and zeros by it,
+# then INT4_ROWS. kvpack_kron_output: that, then KRON_CLIPS.
+INT4_ROWS = struct.Struct("@2i")  # encoding, reserved
+KRON_CLIPS = struct.Struct("@2d")  # clip_max, clip_min
 
 
 class PruneOptions(ctypes.Structure):
@@ -167,6 +172,7 @@ def _load() -> ctypes.CDLL:
     pointer = ctypes.POINTER
     tensor = ctypes.c_char_p  # bytes packed by TENSOR
     tiles = ctypes.c_char_p  # bytes packed by TILE64 and TENSOR
+    transform = int4_rows = outputs = ctypes.c_char_p  # bytes packed by TENSOR, INT4_ROWS and KRON_CLIPS
     text_out = pointer(ctypes.c_char_p)
     int64_out = pointer(ctypes.c_int64)
     int32, int64, stream = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -199,6 +205,18 @@ def _load() -> ctypes.CDLL:
             *(tiles, tiles, tensor, tensor, tensor),
             *(pointer(AttendOptions), tensor, tensor, tensor, stream),
         ),
+        "kvpack_kron_workspace_bytes": (int64, int64, int64, int32, int32, int64_out),
+        "kvpack_kron_quantize": (tensor, transform, outputs, int64, tensor, stream),
+        "kvpack_rmsnorm_kron_quantize": (
+            *(tensor, tensor, ctypes.c_double),
+            *(transform, outputs, int64, tensor, stream),
+        ),
+        "kvpack_silu_mul_kron_quantize": (tensor, tensor, transform, outputs, int64, tensor, stream),
+        "kvpack_dequantize_int4": (int4_rows, tensor, stream),
+        "kvpack_undo_transform": (tensor, transform, tensor, stream),
+        "kvpack_get_decompose_dim": (int64, int64_out, int64_out),
+        "kvpack_linear_w4a4_workspace_bytes": (int64, int64, int64, int32, int64_out),
+        "kvpack_linear_w4a4": (int4_rows, int4_rows, tensor, tensor, tensor, stream),
         "kvpack_compare_tensors": (tensor, tensor, pointer(TensorError), ctypes.c_void_p),
         "kvpack_compare_logits": (tensor, tensor, tensor, tensor, tensor, tensor, ctypes.c_void_p),
         "kvpack_list_implementations": (text_out,),

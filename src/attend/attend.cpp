@@ -65,7 +65,7 @@ void multiply(const Tile64& tiles, const char* tiles_name, CacheKind kind, const
   problem.x = x.data;
   problem.out = out.data;
   problem.dtype = x.dtype;
-  problem.workspace = tile64::checked_workspace(
+  problem.workspace = checked_workspace(
       workspace,
       attend_workspace_bytes(data.batches, problem.group * problem.rows, data.tokens, data.head_dim, device.kind),
       device);
@@ -214,11 +214,10 @@ void attend_tile64(const Tile64& keys, const Tile64& values, const TensorView& q
   problem.scale = static_cast<float>(options.scale > 0.0 ? options.scale : 1.0 / std::sqrt(head_dim));
   problem.softcap = static_cast<float>(options.softcap);
   problem.masking = options.masking;
-  problem.workspace =
-      tile64::checked_workspace(workspace,
-                                attend_workspace_bytes(problem.keys.batches, problem.group * problem.rows, keys.tokens,
-                                                       keys.head_dim, device.kind),
-                                device);
+  problem.workspace = checked_workspace(workspace,
+                                        attend_workspace_bytes(problem.keys.batches, problem.group * problem.rows,
+                                                               keys.tokens, keys.head_dim, device.kind),
+                                        device);
   problem.stream = stream;
   const auto function = select<AttendTile64Function>(Operation::kAttendTile64, device.kind);
   if (out.num_elements() > 0) function(problem);

@@ -1,61 +1,19 @@
 // The C interface: translates structures and exceptions, nothing else.
 #include "kvpack/c_abi.h"
 
-#include <exception>
 #include <string>
 
+#include "bindings/translate.h"
 #include "core/check.h"
 #include "kvpack/kvpack.h"
 
 namespace {
 
-using kvpack::TensorView;
+using kvpack::bindings::guarded;
+using kvpack::bindings::optional_view;
+using kvpack::bindings::view_of;
 
-thread_local std::string last_error;
 thread_local std::string last_text;
-
-/// Runs a call and turns what it throws into an error number.
-template <typename Call>
-std::int32_t guarded(Call&& call) noexcept {
-  try {
-    call();
-    return KVPACK_OK;
-  } catch (const kvpack::InvalidArgument& error) {
-    last_error = error.what();
-    return KVPACK_INVALID_ARGUMENT;
-  } catch (const kvpack::Unsupported& error) {
-    last_error = error.what();
-    return KVPACK_UNSUPPORTED;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return KVPACK_INTERNAL_ERROR;
-  } catch (...) {
-    last_error = "an exception of an unknown type";
-    return KVPACK_INTERNAL_ERROR;
-  }
-}
-
-TensorView view_of(const kvpack_tensor* tensor, const char* name) {
-  kvpack::require(tensor != nullptr, name, " is a null pointer");
-  kvpack::require(tensor->rank >= 0 && tensor->rank <= kvpack::kMaxRank, name, " has ", tensor->rank,
-                  " dimensions; at most ", kvpack::kMaxRank, " are supported");
-  TensorView view;
-  view.data = tensor->data;
-  view.dtype = static_cast<kvpack::DType>(tensor->dtype);
-  view.device = {static_cast<kvpack::DeviceKind>(tensor->device_kind), tensor->device_index};
-  view.rank = tensor->rank;
-  for (int i = 0; i < tensor->rank; ++i) {
-    const auto axis = static_cast<std::size_t>(i);
-    view.shape[axis] = tensor->shape[i];
-    view.strides[axis] = tensor->strides[i];
-  }
-  return view;
-}
-
-/// A view that may be left out: null stands for none.
-TensorView optional_view(const kvpack_tensor* tensor, const char* name) {
-  return tensor == nullptr ? TensorView{} : view_of(tensor, name);
-}
 
 kvpack::Tile64 tiles_of(const kvpack_tile64* tiles, const char* name) {
   kvpack::require(tiles != nullptr, name, " is a null pointer");
@@ -106,7 +64,7 @@ std::int32_t kvpack_abi_version() { return KVPACK_ABI_VERSION; }
 
 const char* kvpack_version() { return KVPACK_VERSION; }
 
-const char* kvpack_last_error() { return last_error.c_str(); }
+const char* kvpack_last_error() { return kvpack::bindings::last_error().c_str(); }
 
 std::int32_t kvpack_prune_magnitude(const kvpack_tensor* x, const kvpack_tensor* out,
                                     const kvpack_prune_options* options, kvpack_prune_counts* counts, void* stream) {

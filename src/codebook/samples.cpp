@@ -19,8 +19,7 @@ namespace {
 void require_samples(const TensorView& x) {
   require(x.rank == 2 || x.rank == 3, "x has shape ", shape_text(x),
           "; it is [tokens, channels] or [batch, tokens, channels]");
-  require(x.dtype != DType::kInt64 && x.dtype != DType::kInt32, "x has type ", name_of(x.dtype),
-          "; it is float16, bfloat16, float32 or float64");
+  require(is_floating(x.dtype), "x has type ", name_of(x.dtype), "; it is float16, bfloat16, float32 or float64");
   require(x.num_elements() == 0 || x.data != nullptr, "x has shape ", shape_text(x), " and no memory");
 }
 

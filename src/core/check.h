@@ -68,6 +68,12 @@ struct ViewName {
 void require_exact(const TensorView& view, ViewName name, DType dtype, std::initializer_list<std::int64_t> shape,
                    const Device& device);
 
+/// Memory of a workspace [bytes/8] int64 on that device; null where no bytes are needed.
+void* checked_workspace(const TensorView& workspace, std::int64_t bytes, const Device& device);
+
+/// True for the types that hold floating point.
+bool is_floating(DType dtype) noexcept;
+
 /// True for a view that stands for "none": rank 0 without memory, or no elements.
 bool is_empty(const TensorView& view) noexcept;
 

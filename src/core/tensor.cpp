@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "core/divide_up.h"
 
 namespace kvpack {
 
@@ -34,8 +35,15 @@ std::int64_t element_bytes(DType dtype) noexcept {
     case DType::kFloat64:
     case DType::kInt64:
       return 8;
+    case DType::kInt8:
+    case DType::kUInt8:
+      return 1;
   }
   return 0;
+}
+
+bool is_floating(DType dtype) noexcept {
+  return dtype == DType::kFloat16 || dtype == DType::kBFloat16 || dtype == DType::kFloat32 || dtype == DType::kFloat64;
 }
 
 const char* name_of(DType dtype) noexcept {
@@ -52,6 +60,10 @@ const char* name_of(DType dtype) noexcept {
       return "int64";
     case DType::kInt32:
       return "int32";
+    case DType::kInt8:
+      return "int8";
+    case DType::kUInt8:
+      return "uint8";
   }
   return "unknown";
 }
@@ -94,9 +106,9 @@ namespace {
 void require_sequence(const TensorView& view, const char* name) {
   require(view.rank == 2 || view.rank == 3, name, " has ", view.rank, " dimensions ", shape_text(view),
           "; expected [tokens, channels] or [batch, tokens, channels]");
-  require(view.dtype != DType::kInt64 && view.dtype != DType::kInt32, name, " has type ", name_of(view.dtype),
-          "; expected float16, bfloat16, float32 or float64");
   require(element_bytes(view.dtype) > 0, name, " has the unknown type number ", static_cast<int>(view.dtype));
+  require(is_floating(view.dtype), name, " has type ", name_of(view.dtype),
+          "; expected float16, bfloat16, float32 or float64");
   for (int i = 0; i < view.rank; ++i) {
     const auto axis = static_cast<std::size_t>(i);
     require(view.shape[axis] >= 0, name, " has the shape ", shape_text(view), " with a negative extent");
@@ -146,6 +158,19 @@ void require_exact(const TensorView& view, ViewName name, DType dtype, std::init
   }
   if (view.data == nullptr)
     throw InvalidArgument(text(text_of(name), " of shape ", shape_text(view), " has no memory"));
+}
+
+void* checked_workspace(const TensorView& workspace, std::int64_t bytes, const Device& device) {
+  if (bytes == 0) return nullptr;
+  constexpr std::int64_t kWordBytes = 8;
+  const std::int64_t words = divide_up(bytes, kWordBytes);
+  const bool fits = workspace.rank == 1 && workspace.dtype == DType::kInt64 && workspace.shape[0] >= words;
+  if (!fits) {
+    throw InvalidArgument(text("workspace is ", name_of(workspace.dtype), " of shape ", shape_text(workspace),
+                               "; expected int64 of at least [", words, "]"));
+  }
+  require_exact(workspace, {"workspace"}, DType::kInt64, {workspace.shape[0]}, device);
+  return workspace.data;
 }
 
 bool is_empty(const TensorView& view) noexcept {

@@ -21,6 +21,8 @@ auto with_float_type(DType dtype, Body&& body) {
       return body.template operator()<double>();
     case DType::kInt64:
     case DType::kInt32:
+    case DType::kInt8:
+    case DType::kUInt8:
       break;
   }
   throw InternalError("with_float_type was given a type that is not floating point");

@@ -11,6 +11,7 @@
 #include "core/check.h"
 #include "dispatch/cpu_features.h"
 #include "evaluate/implementations.h"
+#include "flatquant/implementations.h"
 #include "formats/tile64/implementations.h"
 #include "kvpack/dispatch.h"
 #include "prune/implementations.h"
@@ -27,6 +28,8 @@ constexpr std::array kOperations{Operation::kPruneMagnitude,      Operation::kRo
                                  Operation::kAccumulateHistogram, Operation::kCompressTile64,
                                  Operation::kUnpackTile64,        Operation::kCheckTile64,
                                  Operation::kMultiplyTile64,      Operation::kAttendTile64,
+                                 Operation::kKronQuantize,        Operation::kDequantizeInt4,
+                                 Operation::kUndoTransform,       Operation::kLinearW4A4,
                                  Operation::kCompareTensors,      Operation::kCompareLogits};
 
 /// A row of the CPU side. Naming the operation's type makes the compiler check the function against it.
@@ -57,6 +60,10 @@ const std::vector<Implementation>& cpu_rows() {
       cpu_row<MultiplyTile64Function>(Operation::kMultiplyTile64, "scalar", kNothing, scalar::multiply_tile64),
       cpu_row<AttendTile64Function>(Operation::kAttendTile64, "reference", kNothing, reference::attend_tile64),
       cpu_row<AttendTile64Function>(Operation::kAttendTile64, "scalar", kNothing, scalar::attend_tile64),
+      cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "reference", kNothing, reference::kron_quantize),
+      cpu_row<DequantizeInt4Function>(Operation::kDequantizeInt4, "reference", kNothing, reference::dequantize_int4),
+      cpu_row<UndoTransformFunction>(Operation::kUndoTransform, "reference", kNothing, reference::undo_transform),
+      cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "reference", kNothing, reference::linear_w4a4),
       cpu_row<CompareTensorsFunction>(Operation::kCompareTensors, "reference", kNothing, reference::compare_tensors),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "reference", kNothing, reference::compare_logits),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "scalar", kNothing, scalar::compare_logits),
@@ -212,6 +219,14 @@ const char* name_of(Operation operation) noexcept {
       return "multiply_tile64";
     case Operation::kAttendTile64:
       return "attend_tile64";
+    case Operation::kKronQuantize:
+      return "kron_quantize";
+    case Operation::kDequantizeInt4:
+      return "dequantize_int4";
+    case Operation::kUndoTransform:
+      return "undo_transform";
+    case Operation::kLinearW4A4:
+      return "linear_w4a4";
     case Operation::kCompareTensors:
       return "compare_tensors";
     case Operation::kCompareLogits:

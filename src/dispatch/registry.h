@@ -20,6 +20,10 @@ enum class Operation : std::int32_t {
   kCheckTile64,
   kMultiplyTile64,
   kAttendTile64,
+  kKronQuantize,
+  kDequantizeInt4,
+  kUndoTransform,
+  kLinearW4A4,
   kCompareTensors,
   kCompareLogits,
 };

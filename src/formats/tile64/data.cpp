@@ -3,7 +3,6 @@
 
 #include <limits>
 
-#include "core/divide_up.h"
 #include "formats/tile64/tiles.h"
 #include "formats/tile64_f16/layout.h"
 #include "formats/tile64_q/layout.h"
@@ -139,19 +138,6 @@ DenseMatrices checked_matrices(const TensorView& view, const char* name, const T
   matrices.head_stride = view.rank == 4 ? view.strides[1] : 0;
   matrices.token_stride = view.strides[axis];
   return matrices;
-}
-
-void* checked_workspace(const TensorView& workspace, std::int64_t bytes, const Device& device) {
-  if (bytes == 0) return nullptr;
-  constexpr std::int64_t kWordBytes = 8;
-  const std::int64_t words = divide_up(bytes, kWordBytes);
-  const bool fits = workspace.rank == 1 && workspace.dtype == DType::kInt64 && workspace.shape[0] >= words;
-  if (!fits) {
-    throw InvalidArgument(text("workspace is ", name_of(workspace.dtype), " of shape ", shape_text(workspace),
-                               "; expected int64 of at least [", words, "]"));
-  }
-  require_exact(workspace, {"workspace"}, DType::kInt64, {workspace.shape[0]}, device);
-  return workspace.data;
 }
 
 }  // namespace kvpack::tile64

@@ -23,7 +23,4 @@ std::int64_t num_matrices(const TensorView& view);
 /// Checks a dense view of rank 3 or 4 against the tiles it belongs to: shape, type, device, strides, memory.
 DenseMatrices checked_matrices(const TensorView& view, const char* name, const Tile64Data& tiles, const Device& device);
 
-/// Checks working memory: int64, contiguous, on `device`, at least `bytes`. Returns its first byte; null if bytes is 0.
-void* checked_workspace(const TensorView& workspace, std::int64_t bytes, const Device& device);
-
 }  // namespace kvpack::tile64

@@ -139,7 +139,7 @@ void compress_tile64(const TensorView& x, const Tile64Options& options, const Ti
   problem.rule = options.rule;
   problem.channel_scores = options.channel_scores;
   problem.channel_scores_batch_stride = options.channel_scores_batch_stride;
-  problem.workspace = tile64::checked_workspace(
+  problem.workspace = checked_workspace(
       workspace, tile64_workspace_bytes(out.bits, problem.out.batches, out.tokens, out.head_dim, device.kind), device);
   problem.used = is_empty(used) ? nullptr : static_cast<std::int64_t*>(used.data);
   problem.stream = stream;

@@ -57,6 +57,9 @@ TEST(CAbi, StructuresLieAsPythonMirrorsThem) {
   EXPECT_EQ(offsetof(kvpack_quantize_options, num_thresholds), 88u);
   EXPECT_EQ(sizeof(kvpack_histogram_options), 32u);
   EXPECT_EQ(sizeof(kvpack_histogram_counts), 16u);
+  EXPECT_EQ(sizeof(kvpack_int4_rows), 272u);
+  EXPECT_EQ(sizeof(kvpack_kron_transform), 264u);
+  EXPECT_EQ(sizeof(kvpack_kron_output), 288u);
   EXPECT_EQ(sizeof(kvpack_tile64), 552u);
   EXPECT_EQ(offsetof(kvpack_tile64, bitmaps), 24u);
   EXPECT_EQ(sizeof(kvpack_tile64_options), 32u);
