@@ -35,7 +35,9 @@ KVPACK_HOST_DEVICE inline UniformGrid make_codebook_grid(float low, float high, 
   const float centre = (high + low) * 0.5f;
   const bool has_centre = fabsf(centre) <= 3.402823466e+38f;
   const bool usable = half > 0.0f && half <= 3.402823466e+38f && has_centre;
-  return usable ? UniformGrid{half, centre} : UniformGrid{0.0f, compat && half == 0.0f && has_centre ? centre : 0.0f};
+  // + 0: a vector of zeros of both signs has one centre, whichever of them a side meets first.
+  return usable ? UniformGrid{half, centre}
+                : UniformGrid{0.0f, compat && half == 0.0f && has_centre ? centre + 0.0f : 0.0f};
 }
 
 /// The affine stage from a sum of squares.

@@ -1,7 +1,8 @@
-// Simulated quantisation on the GPU. Two steps with one look from the host between them: every vector's grid, and
-// only when all values are finite the elements. The rules are quantize/uniform.h,
-// quantize/codebook.h and quantize/outliers.h.
+// Simulated quantisation on the GPU. What lies aligned takes packs_launch_cuda.cuh; everything else two steps with one look
+// from the host between them: every vector's grid, and only when all values are finite the elements. The rules are
+// quantize/uniform.h, quantize/codebook.h and quantize/outliers.h.
 #include <limits>
+#include <optional>
 
 #include "core/with_type.h"
 #include "cuda/buffer.h"
@@ -9,6 +10,7 @@
 #include "cuda/device.h"
 #include "quantize/codebook_cuda.cuh"
 #include "quantize/outliers_cuda.cuh"
+#include "quantize/packs_launch_cuda.cuh"
 #include "quantize/uniform_cuda.cuh"
 
 namespace kvpack::cuda {
@@ -252,8 +254,7 @@ void launch_write(const VectorPlan<T>& plan, const VectorGrid* grids, cudaStream
 template <typename T>
 Findings find_grids(const VectorPlan<T>& plan, bool with_outliers, VectorGrid* grids, cudaStream_t stream) {
   DeviceBuffer<Findings> findings(1, stream);
-  check_cuda(cudaMemsetAsync(&findings.data()->first_bad, 0xff, sizeof(Counter), stream), "fill memory");
-  check_cuda(cudaMemsetAsync(&findings.data()->outliers, 0, sizeof(Counter), stream), "fill memory");
+  findings.fill_bytes(0xff);
   if (plan.is_static) {
     launch_static_check(plan, grids, findings.data(), stream);
   } else if (plan.options.scale == ScaleRule::kRms) {
@@ -273,14 +274,57 @@ Findings find_grids(const VectorPlan<T>& plan, bool with_outliers, VectorGrid* g
   return result;
 }
 
+/// The first value that is not finite, where a fast kernel has only met one: x is still as it was.
+template <typename T>
+Findings locate_bad(const VectorPlan<T>& plan, cudaStream_t stream) {
+  DeviceBuffer<Findings> findings(1, stream);
+  DeviceBuffer<RangeKeys> ranges(plan.num_vectors, stream);
+  findings.fill_bytes(0xff);
+  ranges.fill_bytes(0xff);
+  launch_ranges(plan, ranges.data(), findings.data(), stream);
+  Findings found{};
+  findings.read_to(&found);
+  return found;
+}
+
+/// Through the fast kernels, all of it before the host looks; nothing where the sequence is none for them.
+template <typename T>
+std::optional<Findings> try_packs(const VectorPlan<T>& plan, const UniformProblem& problem, cudaStream_t stream) {
+  if (!takes_packs(plan, problem)) return std::nullopt;
+  const CodebookTable codebook = problem.codebook == nullptr ? CodebookTable{} : *problem.codebook;
+  DeviceBuffer<Findings> findings(1, stream);
+  findings.fill_bytes(0xff);
+  simulate_packs(Launch<T>{plan, codebook, findings.data(), stream}, problem);
+  Findings found{};
+  findings.read_to(&found);
+  return found.first_bad == kSomewhere ? locate_bad(plan, stream) : found;
+}
+
+template <typename T>
+UniformOutcome make_outcome(const VectorPlan<T>& plan, const Findings& findings) {
+  UniformOutcome outcome;
+  outcome.all_finite = findings.first_bad == ~Counter{0};
+  if (!outcome.all_finite) {
+    outcome.first_bad = static_cast<std::int64_t>(findings.first_bad);
+    return outcome;
+  }
+  outcome.counts.quantized = (plan.end_token - plan.first_token) * plan.channels;
+  outcome.counts.vectors = plan.num_vectors;
+  outcome.counts.outliers = static_cast<std::int64_t>(findings.outliers + 1);
+  return outcome;
+}
+
 template <typename T>
 UniformOutcome simulate_as(const UniformProblem& problem) {
   VectorPlan<T> plan = make_plan<T>(problem);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
-  UniformOutcome outcome;
   if (plan.num_vectors == 0) {
     if (!problem.only_check) launch_write<T>(plan, nullptr, stream);
-    return outcome;
+    return {};
+  }
+  if constexpr (sizeof(T) <= 4) {
+    const std::optional<Findings> findings = try_packs(plan, problem, stream);
+    if (findings) return make_outcome(plan, *findings);
   }
   DeviceBuffer<CodebookTable> codebook(1, stream);
   if (problem.codebook != nullptr) {
@@ -293,22 +337,15 @@ UniformOutcome simulate_as(const UniformProblem& problem) {
   // A check alone needs no thresholds: the ranges read each element as well.
   const bool with_outliers = problem.options.outlier_fraction > 0.0 && !problem.only_check;
   const Findings findings = find_grids(plan, with_outliers, grids.data(), stream);
-  outcome.all_finite = findings.first_bad == ~Counter{0};
-  if (!outcome.all_finite) {
-    outcome.first_bad = static_cast<std::int64_t>(findings.first_bad);
-    return outcome;
-  }
-  if (!problem.only_check) launch_write(plan, grids.data(), stream);
-  outcome.counts.quantized = (plan.end_token - plan.first_token) * plan.channels;
-  outcome.counts.vectors = plan.num_vectors;
-  outcome.counts.outliers = static_cast<std::int64_t>(findings.outliers);
+  const UniformOutcome outcome = make_outcome(plan, findings);
+  if (outcome.all_finite && !problem.only_check) launch_write(plan, grids.data(), stream);
   return outcome;
 }
 
 }  // namespace
 
-/// Synchronises its stream once per sequence, between the grids and the elements: the host must know that all values are
-/// finite before x may be overwritten, and how many outliers there are. An operation of accuracy studies, not of decoding.
+/// Synchronises its stream once per sequence: the caller must know that all values are finite, which for what
+/// packs_launch_cuda.cuh does not take comes before x may be overwritten, and how many outliers there are. An operation of accuracy studies, not of decoding.
 UniformOutcome simulate_uniform(const UniformProblem& problem) {
   const bool by_channel = problem.options.axis == Axis::kPerChannel;
   const std::int64_t longest = std::min(problem.group, by_channel ? problem.tokens : problem.channels);

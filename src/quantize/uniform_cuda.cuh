@@ -9,6 +9,8 @@
 #include "cuda/element.cuh"
 #include "cuda/launch.h"
 #include "cuda/ordered_key.cuh"
+#include "cuda/reduce.cuh"
+#include "quantize/codebook.h"
 #include "quantize/implementations.h"
 #include "quantize/uniform.h"
 
@@ -62,11 +64,17 @@ struct VectorPlan {
   }
 };
 
-/// What comes back to the host.
+/// What comes back to the host. All ones at the start, so that one fill serves both.
 struct Findings {
   Counter first_bad;  // smallest token * channels + channel of a value that is not finite, or all ones
-  Counter outliers;
+  Counter outliers;   // less 1
 };
+
+/// Adds what the threads of a warp have counted. Every lane must call.
+__device__ inline void count_outliers(std::uint32_t own, Findings* findings) {
+  const std::uint32_t of_warp = __reduce_add_sync(kAllLanes, own);
+  if (threadIdx.x % kWarpLanes == 0 && of_warp > 0) atomicAdd(&findings->outliers, Counter{of_warp});
+}
 
 /// The value of an element that will be quantised, after a look whether it is finite.
 template <typename T>

@@ -1,0 +1,180 @@
+"""simulate_quantized and rotate on CUDA against the reference, bit for bit.
+
+Codebooks, scales, calibrated ranges, groups, layouts, and the shapes at which another kernel takes over.
+"""
+
+import numpy as np
+import pytest
+import torch
+from cuda_tensors import PADDED, PLAIN, SEED, STRIDED, Guarded, assert_same_bits, fill, place
+
+from kvpack import codebook_ops, ops
+
+REASON = "torch finds no CUDA device" if not torch.cuda.is_available() else f"CUDA side: {ops.cuda_status()}"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or not ops.cuda_status().startswith("loaded"), reason=REASON),
+]
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+AXES = ["per_channel", "per_token"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cpu_runs_the_reference():
+    ops.force_implementation("reference")
+    yield
+    ops.force_implementation("")
+
+
+def codebook(bits: int) -> np.ndarray:
+    """Uneven centroids in [-1, 1], some close to each other."""
+    random = np.random.default_rng(SEED + bits)
+    return np.unique(np.float32(np.tanh(random.normal(size=1 << bits))))
+
+
+def calibrated(x: torch.Tensor, axis: str) -> dict:
+    """Ranges that cut some elements off, one of them constant."""
+    dim = 0 if axis == "per_channel" else 1
+    low, high = x.float().amin(dim) * 0.7, x.float().amax(dim) * 0.7
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    high[0] = low[0]
+    return dict(mode="calibrated", lower=low, upper=high)
+
+
+def check(operation, x, layout=PLAIN, **options):
+    """Runs operation on the reference, on CUDA out of place and in place; all three must agree."""
+    expected, expected_counts = operation(x, **options)
+    source, target = place(x, layout), Guarded(x.shape, x.dtype, layout)
+    _, counts = operation(source.view, **options, out=target.view)
+    assert ops.last_implementation() == "cuda"
+    assert_same_bits(expected, target.view, "out of place")
+    assert_same_bits(x, source.view, "x itself")
+    assert counts == expected_counts
+    _, counts = operation(source.view, **options, out=source.view)
+    assert_same_bits(expected, source.view, "in place")
+    assert counts == expected_counts
+    assert source.guards_are_intact() and target.guards_are_intact()
+
+
+SHAPES = {
+    "one element": dict(shape=(1, 1)),
+    "odd channels": dict(shape=(65, 3)),
+    "one vector of 8": dict(shape=(65, 8)),
+    "part of a warp": dict(shape=(70, 72)),
+    "several tiles": dict(shape=(700, 320)),
+    "rows of 1024": dict(shape=(67, 1024), protected_tokens=3),
+    "rows of 2048": dict(shape=(33, 2048)),
+    "rows of 4096": dict(shape=(9, 4096)),
+    "rows of 5000": dict(shape=(9, 5000)),
+    "groups of 8": dict(shape=(70, 320), group=8),
+    "groups of 32": dict(shape=(101, 320), group=32, protected_tokens=5),
+    "groups of 64": dict(shape=(201, 320), group=64),
+    "groups of 128": dict(shape=(300, 1024), group=128, protected_tokens=130),
+    "groups of 40": dict(shape=(100, 320), group=40),
+    "groups of 300": dict(shape=(700, 600), group=300, protected_tokens=1),
+    "causal": dict(shape=(200, 320), mode="causal", protected_tokens=2),
+    "causal without a group": dict(shape=(63, 64), mode="causal"),
+    "padded rows": dict(shape=(70, 72), layout=PADDED),
+    "strided channels": dict(shape=(70, 72), layout=STRIDED),
+}
+METHODS = {
+    "int": lambda x, axis: {},
+    "int clamp": lambda x, axis: dict(offset="clamp"),
+    "int outliers": lambda x, axis: dict(outlier_fraction=0.02),
+    "nuq": lambda x, axis: dict(codebook=codebook(3)),
+    "nuq outliers": lambda x, axis: dict(codebook=codebook(3), outlier_fraction=0.05, norm=(1.25, -0.01)),
+    "nuq compat": lambda x, axis: dict(codebook=codebook(3), compat=True),
+    "rms": lambda x, axis: dict(codebook=codebook(3) * 3, scale="rms"),
+    "calibrated int": lambda x, axis: calibrated(x, axis),
+    "calibrated int outliers": lambda x, axis: dict(outlier_fraction=0.01, **calibrated(x, axis)),
+    "calibrated nuq": lambda x, axis: dict(codebook=codebook(3), **calibrated(x, axis)),
+    "calibrated nuq compat": lambda x, axis: dict(
+        codebook=codebook(3), outlier_fraction=0.01, compat=True, **calibrated(x, axis)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_method_equals_the_reference_bit_for_bit(shape, method, axis, dtype):
+    case = {"layout": PLAIN} | SHAPES[shape]
+    x = fill("normal", *case.pop("shape"), dtype)
+    options = METHODS[method](x, axis)
+    if "mode" in case and "mode" in options:
+        pytest.skip("one mode at a time")
+    check(codebook_ops.simulate_quantized, x, bits=3, axis=axis, **case, **options)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_every_number_of_bits_equals_the_reference(dtype, axis, bits):
+    x = fill("normal", 130, 256, dtype)
+    for options in (
+        {},
+        dict(codebook=codebook(bits)),
+        dict(codebook=codebook_ops.nf_codebook(bits), outlier_fraction=0.01),
+    ):
+        check(codebook_ops.simulate_quantized, x, bits=bits, axis=axis, **options)
+
+
+KINDS = ["constant", "ties", "mostly ties", "positive", "drift", "denormal", "zeros", "huge", "sink"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_data_equals_the_reference(kind, method, axis, dtype):
+    x = fill(kind, 196, 136, dtype)
+    options = METHODS[method](x, axis)
+    for group in (None, 32, 64) if "lower" not in options else (None,):
+        check(codebook_ops.simulate_quantized, x, bits=3, axis=axis, group=group, **options)
+        if "compat" not in options:
+            check(codebook_ops.simulate_quantized, x, bits=3, axis=axis, group=group, compat=True, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9])
+def test_long_vectors_equal_the_reference(fraction, axis, dtype):
+    for kind, shape in (("normal", (9000, 72)), ("ties", (5000, 64)), ("sink", (4099, 136)), ("drift", (4100, 64))):
+        x = fill(kind, *shape, dtype)
+        check(codebook_ops.simulate_quantized, x, bits=4, axis=axis, outlier_fraction=fraction, protected_tokens=1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_value_that_is_not_finite_is_named_and_x_stays(method, axis, dtype, bad):
+    x = fill("normal", 300, 136, dtype)
+    options = METHODS[method](x, axis)
+    x[170, 69], x[200, 3] = bad, float("nan")
+    for group in (None, 64) if "lower" not in options else (None,):
+        for in_place in (False, True):
+            on_gpu = x.cuda()
+            out = on_gpu if in_place else torch.empty_like(on_gpu)
+            with pytest.raises(ValueError, match="sequence 0, token 170, channel 69"):
+                codebook_ops.simulate_quantized(on_gpu, 3, axis=axis, group=group, out=out, **options)
+            assert_same_bits(x, on_gpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("layout", [PLAIN, PADDED, STRIDED], ids=["plain", "padded", "strided"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("head_dim", [1, 3, 64, 80, 128, 256, 300, 1024])
+def test_rotation_equals_the_reference_bit_for_bit(head_dim, direction, layout, dtype):
+    x = fill("normal", 37, 2 * head_dim, dtype)
+    rotation = torch.from_numpy(np.random.default_rng(SEED).normal(size=(head_dim, head_dim)).astype(np.float32))
+    expected = codebook_ops.rotate(x, rotation, direction=direction)
+    source, target = place(x, layout), Guarded(x.shape, x.dtype, layout)
+    codebook_ops.rotate(source.view, rotation.cuda(), direction=direction, out=target.view)
+    assert ops.last_implementation() == "cuda"
+    assert_same_bits(expected, target.view, "out of place")
+    codebook_ops.rotate(source.view, rotation.cuda(), direction=direction, out=source.view)
+    assert_same_bits(expected, source.view, "in place")
+    assert source.guards_are_intact() and target.guards_are_intact()
