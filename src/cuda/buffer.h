@@ -3,12 +3,32 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "core/check.h"
 #include "cuda/check.h"
 
 namespace kvpack::cuda {
+
+/// Lets the current device keep some freed memory: by default a synchronisation gives all of it back to the driver, and
+/// the next call's first allocation takes longer than its kernels. For operations that synchronise; once per device.
+inline void keep_temporary_memory() {
+  constexpr std::uint64_t kKeptBytes = std::uint64_t{64} << 20;
+  static std::atomic<std::uint64_t> done{0};  // a bit per device
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "tell the current device");
+  if (device >= 64) return;
+  const std::uint64_t bit = std::uint64_t{1} << device;
+  if ((done.fetch_or(bit, std::memory_order_relaxed) & bit) != 0) return;
+  cudaMemPool_t pool{};
+  check_cuda(cudaDeviceGetDefaultMemPool(&pool, device), "find the memory pool of a device");
+  std::uint64_t threshold = 0;
+  check_cuda(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold), "read how much a pool keeps");
+  if (threshold >= kKeptBytes) return;  // whoever set more knows why
+  threshold = kKeptBytes;
+  check_cuda(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold), "let a memory pool keep some");
+}
 
 /// `count` uninitialised elements that live as long as the object, in the order of `stream`.
 template <typename T>

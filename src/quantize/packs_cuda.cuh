@@ -84,8 +84,11 @@ __device__ float simulate_uniform_fast(float x, FastGrid grid, float levels) {
 template <bool kSuitsReciprocal>
 __device__ float normalise(float x, FastGrid grid) {
   const float a = x - grid.offset;
-  // A tiny difference would lose bits of its residuals; halves have none, as suits_reciprocal() saw their centre.
-  if (!kSuitsReciprocal || fabsf(a) < 0x1p-90f) return a / grid.qs;
+  // A tiny difference would lose bits of its residuals, the quotient of a huge one may be infinite.
+  constexpr std::uint32_t kTiny = 0x12800000u;  // 2^-90
+  constexpr std::uint32_t kHuge = 0x5d800000u;  // 2^60
+  const bool is_extreme = (__float_as_uint(a) & 0x7fffffffu) - kTiny > kHuge - kTiny;
+  if (!kSuitsReciprocal || is_extreme) return a / grid.qs;
   return divide_exactly(a, grid.qs, grid.inverse);
 }
 

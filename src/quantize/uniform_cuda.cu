@@ -355,6 +355,7 @@ UniformOutcome simulate_uniform(const UniformProblem& problem) {
                            kLongestVector, " that share a grid"));
   }
   const DeviceGuard device(problem.x, "x");
+  keep_temporary_memory();
   return with_float_type(problem.dtype, [&]<typename T>() { return simulate_as<T>(problem); });
 }
 
