@@ -345,7 +345,8 @@ UniformOutcome simulate_as(const UniformProblem& problem) {
 }  // namespace
 
 /// Synchronises its stream once per sequence: the caller must know that all values are finite, which for what
-/// packs_launch_cuda.cuh does not take comes before x may be overwritten, and how many outliers there are. An operation of accuracy studies, not of decoding.
+/// packs_launch_cuda.cuh does not take comes before x may be overwritten, and how many outliers there are. An operation
+/// of accuracy studies, not of decoding.
 UniformOutcome simulate_uniform(const UniformProblem& problem) {
   const bool by_channel = problem.options.axis == Axis::kPerChannel;
   const std::int64_t longest = std::min(problem.group, by_channel ? problem.tokens : problem.channels);
