@@ -55,6 +55,10 @@ void copy_sequence(const TensorView& source, const TensorView& target) {
   parallel_for_blocks(0, source.shape[0], kBlockTokens, copy_block);
 }
 
+bool needs_packing(const TensorView& x, const TensorView& out) {
+  return x.device.kind == DeviceKind::kCpu && (x.strides[1] != 1 || out.strides[1] != 1);
+}
+
 PackedSequence::PackedSequence(const TensorView& source)
     : memory_(static_cast<std::size_t>(source.num_elements() * element_bytes(source.dtype))),
       view_(make_view(memory_.data(), source.dtype, {source.shape[0], source.shape[1]})) {

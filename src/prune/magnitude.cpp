@@ -18,16 +18,8 @@ std::int64_t dropped_per_row(double sparsity, std::int64_t head_dim) {
 
 PruneProblem make_problem(const TensorView& x, const TensorView& out, const PruneOptions& options, void* stream) {
   PruneProblem problem;
-  problem.x = x.data;
-  problem.out = out.data;
-  problem.dtype = x.dtype;
-  problem.tokens = x.shape[0];
-  problem.channels = x.shape[1];
+  set_sequences(problem, x, out);
   problem.head_dim = options.head_dim > 0 ? options.head_dim : problem.channels;
-  problem.x_token_stride = x.strides[0];
-  problem.x_channel_stride = x.strides[1];
-  problem.out_token_stride = out.strides[0];
-  problem.out_channel_stride = out.strides[1];
   problem.protected_tokens = std::min(options.protected_tokens, problem.tokens);
   problem.rule = options.rule;
   const std::int64_t dropped = dropped_per_row(options.sparsity, problem.head_dim);
@@ -62,17 +54,11 @@ PruneCounts prune_magnitude(const TensorView& x, const TensorView& out, const Pr
   PruneCounts counts;
   if (x.num_elements() == 0) return counts;
   for (std::int64_t i = 0; i < num_sequences(x); ++i) {
-    const TensorView source = sequence(x, i);
-    const TensorView target = sequence(out, i);
-    const PruneProblem problem = make_problem(source, target, options, stream);
-    counts.rows += (problem.tokens - problem.protected_tokens) * (problem.channels / problem.head_dim);
-    if (x.device.kind == DeviceKind::kCpu && (source.strides[1] != 1 || target.strides[1] != 1)) {
-      const PackedSequence packed(source);
-      counts.kept += function(make_problem(packed.view(), packed.view(), options, stream));
-      packed.unpack_to(target);
-    } else {
+    run_packed(sequence(x, i), sequence(out, i), [&](const TensorView& source, const TensorView& target) {
+      const PruneProblem problem = make_problem(source, target, options, stream);
+      counts.rows += (problem.tokens - problem.protected_tokens) * (problem.channels / problem.head_dim);
       counts.kept += function(problem);
-    }
+    });
   }
   return counts;
 }

@@ -35,15 +35,7 @@ struct Call {
 UniformProblem make_problem(const TensorView& x, const TensorView& out, const Call& call) {
   const QuantizeOptions& options = call.options;
   UniformProblem problem;
-  problem.x = x.data;
-  problem.out = out.data;
-  problem.dtype = x.dtype;
-  problem.tokens = x.shape[0];
-  problem.channels = x.shape[1];
-  problem.x_token_stride = x.strides[0];
-  problem.x_channel_stride = x.strides[1];
-  problem.out_token_stride = out.strides[0];
-  problem.out_channel_stride = out.strides[1];
+  set_sequences(problem, x, out);
   problem.options = options;
   problem.options.protected_tokens = std::min(options.protected_tokens, problem.tokens);
   problem.group = effective_group(options, problem.tokens, problem.channels);
@@ -83,7 +75,7 @@ UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, cons
                                 std::int64_t batch_index) {
   UniformOutcome outcome;
   const bool on_cpu = x.device.kind == DeviceKind::kCpu;
-  if (on_cpu && (x.strides[1] != 1 || out.strides[1] != 1)) {
+  if (needs_packing(x, out)) {
     const PackedSequence packed_x(x);
     const PackedSequence packed_out(packed_x.view());
     outcome = call.function(make_problem(packed_x.view(), packed_out.view(), call));

@@ -22,20 +22,6 @@ void require_rotation(const TensorView& x, const TensorView& rotation, const Ten
   require(!may_overlap(rotation, out), "rotation overlaps out");
 }
 
-RotateProblem make_problem(const TensorView& x, const TensorView& out) {
-  RotateProblem problem;
-  problem.x = x.data;
-  problem.out = out.data;
-  problem.dtype = x.dtype;
-  problem.tokens = x.shape[0];
-  problem.channels = x.shape[1];
-  problem.x_token_stride = x.strides[0];
-  problem.x_channel_stride = x.strides[1];
-  problem.out_token_stride = out.strides[0];
-  problem.out_channel_stride = out.strides[1];
-  return problem;
-}
-
 std::vector<float> transpose(const float* matrix, std::int64_t dim) {
   std::vector<float> result(static_cast<std::size_t>(dim * dim));
   for (std::int64_t i = 0; i < dim; ++i) {
@@ -59,24 +45,15 @@ void rotate(const TensorView& x, const TensorView& rotation, const TensorView& o
   const bool transposes = on_cpu && direction == Direction::kInverse;
   const std::vector<float> transposed = transposes ? transpose(matrix, dim) : std::vector<float>{};
   const auto run = [&](const TensorView& source, const TensorView& target) {
-    RotateProblem problem = make_problem(source, target);
+    RotateProblem problem;
+    set_sequences(problem, source, target);
     problem.rotation = transposes ? transposed.data() : matrix;
     problem.head_dim = dim;
     problem.direction = on_cpu ? Direction::kForward : direction;
     problem.stream = stream;
     function(problem);
   };
-  for (std::int64_t i = 0; i < num_sequences(x); ++i) {
-    const TensorView source = sequence(x, i);
-    const TensorView target = sequence(out, i);
-    if (on_cpu && (source.strides[1] != 1 || target.strides[1] != 1)) {
-      const PackedSequence packed(source);
-      run(packed.view(), packed.view());
-      packed.unpack_to(target);
-    } else {
-      run(source, target);
-    }
-  }
+  for (std::int64_t i = 0; i < num_sequences(x); ++i) run_packed(sequence(x, i), sequence(out, i), run);
 }
 
 }  // namespace kvpack
