@@ -6,6 +6,7 @@
 #include "core/sequences.h"
 #include "dispatch/registry.h"
 #include "prune/implementations.h"
+#include "prune/rule.h"
 
 namespace kvpack {
 
@@ -16,16 +17,17 @@ std::int64_t dropped_per_row(double sparsity, std::int64_t head_dim) {
   return static_cast<std::int64_t>(std::floor(sparsity * static_cast<double>(head_dim) + 1e-6));
 }
 
+void require_sparsity(double sparsity) {
+  require(sparsity >= 0.0 && sparsity < 1.0, "sparsity is ", sparsity, "; it must be at least 0 and below 1");
+}
+
 PruneProblem make_problem(const TensorView& x, const TensorView& out, const PruneOptions& options, void* stream) {
   PruneProblem problem;
   set_sequences(problem, x, out);
   problem.head_dim = options.head_dim > 0 ? options.head_dim : problem.channels;
   problem.protected_tokens = std::min(options.protected_tokens, problem.tokens);
   problem.rule = options.rule;
-  const std::int64_t dropped = dropped_per_row(options.sparsity, problem.head_dim);
-  // The max(1, dropped)-th smallest of D is the (D + 1 - that)-th largest.
-  problem.rank_from_top = options.rule == PruneRule::kExact ? problem.head_dim - dropped
-                                                            : problem.head_dim + 1 - std::max<std::int64_t>(1, dropped);
+  problem.rank_from_top = rank_from_top(options.sparsity, options.rule, problem.head_dim);
   problem.channel_scores = options.channel_scores;
   problem.stream = stream;
   return problem;
@@ -34,17 +36,27 @@ PruneProblem make_problem(const TensorView& x, const TensorView& out, const Prun
 }  // namespace
 
 std::int64_t kept_per_row(double sparsity, std::int64_t head_dim) {
-  require(sparsity >= 0.0 && sparsity < 1.0, "sparsity is ", sparsity, "; it must be at least 0 and below 1");
+  require_sparsity(sparsity);
   require(head_dim >= 1, "head_dim is ", head_dim, "; it must be at least 1");
   return head_dim - dropped_per_row(sparsity, head_dim);
 }
 
+void require_prune_rule(double sparsity, PruneRule rule) {
+  require_sparsity(sparsity);
+  require(rule == PruneRule::kExact || rule == PruneRule::kKthValue, "there is no pruning rule number ",
+          static_cast<int>(rule));
+}
+
+std::int64_t rank_from_top(double sparsity, PruneRule rule, std::int64_t head_dim) {
+  const std::int64_t dropped = dropped_per_row(sparsity, head_dim);
+  if (rule == PruneRule::kExact) return head_dim - dropped;
+  // The max(1, dropped)-th smallest of D is the (D + 1 - that)-th largest.
+  return head_dim + 1 - std::max<std::int64_t>(1, dropped);
+}
+
 PruneCounts prune_magnitude(const TensorView& x, const TensorView& out, const PruneOptions& options, void* stream) {
   require_sequence_pair(x, out);
-  require(options.sparsity >= 0.0 && options.sparsity < 1.0, "sparsity is ", options.sparsity,
-          "; it must be at least 0 and below 1");
-  require(options.rule == PruneRule::kExact || options.rule == PruneRule::kKthValue, "there is no pruning rule number ",
-          static_cast<int>(options.rule));
+  require_prune_rule(options.sparsity, options.rule);
   require(options.protected_tokens >= 0, "protected_tokens is ", options.protected_tokens, "; it must be at least 0");
   require(options.head_dim >= 0, "head_dim is ", options.head_dim, "; it must be at least 0");
   const std::int64_t channels = x.shape[static_cast<std::size_t>(x.rank - 1)];

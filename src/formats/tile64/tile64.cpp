@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cmath>
 
 #include "core/check.h"
 #include "dispatch/registry.h"
@@ -12,6 +11,7 @@
 #include "formats/tile64/workspace.h"
 #include "formats/tile64_f16/layout.h"
 #include "formats/tile64_q/layout.h"
+#include "prune/rule.h"
 
 namespace kvpack {
 
@@ -21,10 +21,7 @@ namespace {
 DType half_type_of(DType dtype) { return dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16; }
 
 void require_options(const Tile64Options& options) {
-  require(options.sparsity >= 0.0 && options.sparsity < 1.0, "sparsity is ", options.sparsity,
-          "; it must be at least 0 and below 1");
-  require(options.rule == PruneRule::kExact || options.rule == PruneRule::kKthValue, "there is no pruning rule number ",
-          static_cast<int>(options.rule));
+  require_prune_rule(options.sparsity, options.rule);
   require(options.channel_scores_batch_stride >= 0, "channel_scores_batch_stride is ",
           options.channel_scores_batch_stride, "; it must be at least 0");
 }
@@ -50,13 +47,6 @@ void require_apart(const TensorView& x, const Tile64& out, const TensorView& use
               " overlap in memory");
     }
   }
-}
-
-/// The threshold's rank from the top: as prune_magnitude computes it.
-std::int64_t rank_from_top(const Tile64Options& options, std::int64_t head_dim) {
-  const std::int64_t kept = kept_per_row(options.sparsity, head_dim);
-  if (options.rule == PruneRule::kExact) return kept;
-  return head_dim + 1 - std::max<std::int64_t>(1, head_dim - kept);
 }
 
 /// What a finding says in words, with both values.
@@ -135,7 +125,7 @@ void compress_tile64(const TensorView& x, const Tile64Options& options, const Ti
   if (!is_empty(used)) require_exact(used, {"used"}, DType::kInt64, {1}, device);
   require_apart(x, out, used, workspace);
   problem.prunes = options.sparsity > 0.0;
-  problem.rank_from_top = rank_from_top(options, out.head_dim);
+  problem.rank_from_top = rank_from_top(options.sparsity, options.rule, out.head_dim);
   problem.rule = options.rule;
   problem.channel_scores = options.channel_scores;
   problem.channel_scores_batch_stride = options.channel_scores_batch_stride;
