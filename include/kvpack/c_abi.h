@@ -145,6 +145,40 @@ typedef struct kvpack_kron_output {
   double clip_max;
   double clip_min;
 } kvpack_kron_output;
+/** kvpack::KltTable. `levels` is host memory. */
+typedef struct kvpack_klt_table {
+  int64_t channels;
+  int64_t coefficients;
+  int64_t row_alignment;
+  const int32_t* levels;
+  kvpack_tensor mean;
+  kvpack_tensor analysis;
+  kvpack_tensor synthesis;
+  kvpack_tensor in_scale;
+  kvpack_tensor centroids;
+} kvpack_klt_table;
+
+/** kvpack::KltSamples. `weights` of rank 0 without memory stands for "none"; `levels` is host memory. */
+typedef struct kvpack_klt_samples {
+  int64_t num_levels;
+  const int32_t* levels;
+  kvpack_tensor z;
+  kvpack_tensor weights;
+} kvpack_klt_samples;
+
+/** kvpack::KltAllocation. Pointers are host memory. */
+typedef struct kvpack_klt_allocation {
+  int64_t coefficients;
+  int64_t tables;
+  int64_t num_levels;
+  const int32_t* levels;
+  const double* errors;
+  const int32_t* table_of;
+  int64_t row_alignment;
+  double budget_bits;
+  int32_t bits;
+  int32_t reserved;
+} kvpack_klt_allocation;
 
 /** kvpack::TensorError. */
 typedef struct kvpack_tensor_error {
@@ -254,6 +288,36 @@ KVPACK_API int32_t kvpack_linear_w4a4_workspace_bytes(int64_t tokens, int64_t co
 KVPACK_API int32_t kvpack_linear_w4a4(const kvpack_int4_rows* x, const kvpack_int4_rows* weight,
                                       const kvpack_tensor* bias, const kvpack_tensor* out,
                                       const kvpack_tensor* workspace, void* stream);
+/** kvpack::klt_row_bytes; the bytes come back through `bytes`. */
+KVPACK_API int32_t kvpack_klt_row_bytes(const int32_t* levels, int64_t coefficients, int64_t row_alignment,
+                                        int64_t* bytes);
+/** kvpack::klt_level_bits; the bits come back through `bits`. */
+KVPACK_API int32_t kvpack_klt_level_bits(int32_t levels, double* bits);
+/** kvpack::check_klt_table. */
+KVPACK_API int32_t kvpack_check_klt_table(const kvpack_klt_table* table);
+/** kvpack::simulate_klt. */
+KVPACK_API int32_t kvpack_simulate_klt(const kvpack_tensor* x, const kvpack_klt_table* table, int64_t protected_tokens,
+                                       const kvpack_tensor* out, void* stream);
+/** kvpack::compress_klt. */
+KVPACK_API int32_t kvpack_compress_klt(const kvpack_tensor* x, const kvpack_klt_table* table, const kvpack_tensor* rows,
+                                       void* stream);
+/** kvpack::unpack_klt. `head_dim` 0: no rotation, and `cos` and `sin` may be null. */
+KVPACK_API int32_t kvpack_unpack_klt(const kvpack_tensor* rows, const kvpack_klt_table* table, int64_t head_dim,
+                                     const kvpack_tensor* cos, const kvpack_tensor* sin, const kvpack_tensor* out,
+                                     void* stream);
+/** kvpack::check_klt. */
+KVPACK_API int32_t kvpack_check_klt(const kvpack_tensor* rows, const kvpack_klt_table* table);
+/** kvpack::calibrate_klt_codebooks. */
+KVPACK_API int32_t kvpack_calibrate_klt_codebooks(const kvpack_klt_samples* samples, const kvpack_tensor* centroids,
+                                                  const kvpack_tensor* errors);
+/** kvpack::calibrate_klt_grids. */
+KVPACK_API int32_t kvpack_calibrate_klt_grids(const kvpack_klt_samples* samples, const kvpack_tensor* offsets,
+                                              const kvpack_tensor* steps, const kvpack_tensor* errors);
+/** kvpack::measure_klt_errors. */
+KVPACK_API int32_t kvpack_measure_klt_errors(const kvpack_klt_samples* samples, const kvpack_tensor* centroids,
+                                             const kvpack_tensor* errors);
+/** kvpack::allocate_klt_levels; the bits that the result takes come back through `bits`. */
+KVPACK_API int32_t kvpack_allocate_klt_levels(const kvpack_klt_allocation* allocation, int32_t* chosen, double* bits);
 /** kvpack::compare_tensors. */
 KVPACK_API int32_t kvpack_compare_tensors(const kvpack_tensor* x, const kvpack_tensor* y, kvpack_tensor_error* error,
                                           void* stream);

@@ -11,6 +11,7 @@
 #include "kvpack/quantize.h"
 #include "kvpack/codebook.h"
 #include "kvpack/tile64.h"
+#include "kvpack/klt.h"
 #include "kvpack/attend.h"
 #include "kvpack/kron.h"
 #include "kvpack/evaluate.h"

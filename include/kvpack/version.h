@@ -7,4 +7,4 @@
 #define KVPACK_VERSION "0.1.0"
 
 /// Raised whenever a structure or a function of c_abi.h changes; the Python side refuses another number.
-#define KVPACK_ABI_VERSION 4
+#define KVPACK_ABI_VERSION 5

@@ -22,6 +22,12 @@ _HOMES = {
     "multiply_keys": "kvpack.attend",
     "multiply_values": "kvpack.attend",
     "attend_tile64": "kvpack.attend",
+    "KltTable": "kvpack.klt",
+    "KltTables": "kvpack.klt",
+    "KltRows": "kvpack.klt",
+    "simulate_klt": "kvpack.klt",
+    "compress_klt": "kvpack.klt",
+    "unpack_klt": "kvpack.klt",
     "compare_tensors": "kvpack.ops",
     "compare_logits": "kvpack.ops",
     "list_implementations": "kvpack.ops",
@@ -60,6 +66,12 @@ __all__ = [
     "multiply_keys",
     "multiply_values",
     "attend_tile64",
+    "KltTable",
+    "KltTables",
+    "KltRows",
+    "simulate_klt",
+    "compress_klt",
+    "unpack_klt",
     "compare_tensors",
     "compare_logits",
     "list_implementations",
@@ -91,6 +103,7 @@ if TYPE_CHECKING:
     from kvpack.attend import attend_tile64, multiply_keys, multiply_values
     from kvpack.cache import CacheMemory, TileCache
     from kvpack.codebook_methods import CodebookMethod
+    from kvpack.klt import KltRows, KltTable, KltTables, compress_klt, simulate_klt, unpack_klt
     from kvpack.methods import DenseMethod, Method, register_method
     from kvpack.models.hooks import Simulation, simulate
     from kvpack.models.tile_attention import attend_tiles

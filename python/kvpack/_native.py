@@ -17,7 +17,7 @@ import numpy as np
 
 from kvpack.arrays import dtype_name
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_RANK = 4
 CPU, CUDA = 0, 1
 
@@ -38,6 +38,10 @@ TENSOR = struct.Struct("@P4i8q")
 # kvpack_tile64 as bytes up to its tensors: kind, bits, tokens, head_dim. Behind it stand six kvpack_tensor, packed by
 # TENSOR: bitmaps, offsets, payload, starts, scales, zeros; NO_TENSOR for one that the format does not have.
 TILE64 = struct.Struct("@2i2q")
+# kvpack_klt_table as bytes up to its tensors: channels, coefficients, row_alignment, levels. Behind it stand five
+# kvpack_tensor: mean, analysis, synthesis, in_scale, centroids. kvpack_klt_samples: num_levels, levels; z, weights.
+KLT_TABLE = struct.Struct("@3qP")
+KLT_SAMPLES = struct.Struct("@qP")
 NO_TENSOR = TENSOR.pack(0, 0, CPU, 0, 0, *(0,) * (2 * MAX_RANK))
 
 # kvpack_kron_transform as bytes: left, right and diagonal by TENSOR. kvpack_int4_rows: codes, scales and zeros by it,
@@ -143,6 +147,23 @@ class AttendOptions(ctypes.Structure):
     )
 
 
+class KltAllocation(ctypes.Structure):
+    """kvpack_klt_allocation."""
+
+    _fields_ = (
+        ("coefficients", ctypes.c_int64),
+        ("tables", ctypes.c_int64),
+        ("num_levels", ctypes.c_int64),
+        ("levels", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
+        ("table_of", ctypes.c_void_p),
+        ("row_alignment", ctypes.c_int64),
+        ("budget_bits", ctypes.c_double),
+        ("bits", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
 class TensorError(ctypes.Structure):
     """kvpack_tensor_error: sums of one comparison."""
 
@@ -176,7 +197,8 @@ def _load() -> ctypes.CDLL:
     text_out = pointer(ctypes.c_char_p)
     int64_out = pointer(ctypes.c_int64)
     int32, int64, stream = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-    floats = doubles = ctypes.c_void_p  # host memory
+    floats = doubles = integers = ctypes.c_void_p  # host memory
+    table = samples = ctypes.c_char_p  # bytes packed by KLT_TABLE or KLT_SAMPLES, and TENSOR
     float_out, double_out = pointer(ctypes.c_float), pointer(ctypes.c_double)
     signatures = {
         "kvpack_prune_magnitude": (tensor, tensor, pointer(PruneOptions), pointer(PruneCounts), ctypes.c_void_p),
@@ -217,6 +239,17 @@ def _load() -> ctypes.CDLL:
         "kvpack_get_decompose_dim": (int64, int64_out, int64_out),
         "kvpack_linear_w4a4_workspace_bytes": (int64, int64, int64, int32, int64_out),
         "kvpack_linear_w4a4": (int4_rows, int4_rows, tensor, tensor, tensor, stream),
+        "kvpack_klt_row_bytes": (integers, int64, int64, int64_out),
+        "kvpack_klt_level_bits": (int32, double_out),
+        "kvpack_check_klt_table": (table,),
+        "kvpack_simulate_klt": (tensor, table, int64, tensor, stream),
+        "kvpack_compress_klt": (tensor, table, tensor, stream),
+        "kvpack_unpack_klt": (tensor, table, int64, tensor, tensor, tensor, stream),
+        "kvpack_check_klt": (tensor, table),
+        "kvpack_calibrate_klt_codebooks": (samples, tensor, tensor),
+        "kvpack_calibrate_klt_grids": (samples, tensor, tensor, tensor),
+        "kvpack_measure_klt_errors": (samples, tensor, tensor),
+        "kvpack_allocate_klt_levels": (pointer(KltAllocation), integers, double_out),
         "kvpack_compare_tensors": (tensor, tensor, pointer(TensorError), ctypes.c_void_p),
         "kvpack_compare_logits": (tensor, tensor, tensor, tensor, tensor, tensor, ctypes.c_void_p),
         "kvpack_list_implementations": (text_out,),

@@ -123,28 +123,58 @@ WeightedPoints gather_points(const double* values, const double* weights, std::i
   return points;
 }
 
-Clusters find_clusters(const WeightedPoints& points, std::int32_t levels) {
+namespace {
+
+/// Follows the cuts back from the last point.
+Clusters trace_cuts(const std::vector<std::int32_t>& cuts, std::int64_t points, std::int32_t levels, double error) {
+  Clusters clusters;
+  clusters.error = error;
+  clusters.firsts.resize(static_cast<std::size_t>(levels));
+  std::int64_t end = points;
+  for (std::int32_t k = levels; k >= 1; --k) {
+    end = cuts[static_cast<std::size_t>((k - 1) * (points + 1) + end)];
+    clusters.firsts[static_cast<std::size_t>(k - 1)] = end;
+  }
+  return clusters;
+}
+
+/// The dynamic programme: calls done(k, cuts, error) after the row of k clusters, k = 1 .. levels.
+template <typename Done>
+void cut_points(const WeightedPoints& points, std::int32_t levels, Done&& done) {
   const auto n = static_cast<std::int64_t>(points.values.size());
   const RunErrors errors(points);
   const auto row_size = static_cast<std::size_t>(n + 1);
   std::vector<double> previous(row_size, std::numeric_limits<double>::infinity());
   for (std::int64_t end = 1; end <= n; ++end) previous[static_cast<std::size_t>(end)] = errors.of(0, end);
   std::vector<std::int32_t> cuts(row_size * static_cast<std::size_t>(levels), 0);
+  done(1, cuts, previous.back());
   for (std::int32_t k = 2; k <= levels; ++k) {
     std::vector<double> least(row_size, std::numeric_limits<double>::infinity());
     const Row row{errors, previous, least, cuts.data() + static_cast<std::size_t>(k - 1) * row_size, k};
     row.fill(k, n, k - 1, n - 1);
     previous.swap(least);
+    done(k, cuts, previous.back());
   }
+}
+
+}  // namespace
+
+Clusters find_clusters(const WeightedPoints& points, std::int32_t levels) {
+  const auto n = static_cast<std::int64_t>(points.values.size());
   Clusters clusters;
-  clusters.error = previous[static_cast<std::size_t>(n)];
-  clusters.firsts.resize(static_cast<std::size_t>(levels));
-  std::int64_t end = n;
-  for (std::int32_t k = levels; k >= 1; --k) {
-    end = cuts[static_cast<std::size_t>(k - 1) * row_size + static_cast<std::size_t>(end)];
-    clusters.firsts[static_cast<std::size_t>(k - 1)] = end;
-  }
+  cut_points(points, levels, [&](std::int32_t k, const std::vector<std::int32_t>& cuts, double error) {
+    if (k == levels) clusters = trace_cuts(cuts, n, k, error);
+  });
   return clusters;
+}
+
+std::vector<Clusters> find_clusters_up_to(const WeightedPoints& points, std::int32_t levels) {
+  const auto n = static_cast<std::int64_t>(points.values.size());
+  std::vector<Clusters> all;
+  cut_points(points, levels, [&](std::int32_t k, const std::vector<std::int32_t>& cuts, double error) {
+    all.push_back(trace_cuts(cuts, n, k, error));
+  });
+  return all;
 }
 
 double calibrate_codebook(const double* values, const double* weights, std::int64_t count, std::int32_t levels,

@@ -24,8 +24,11 @@ struct Clusters {
 /// The best cut into `levels` clusters, by dynamic programming with divide and conquer: O(levels * n * log n).
 Clusters find_clusters(const WeightedPoints& points, std::int32_t levels);
 
+/// The same for 1, 2, ... levels at once: the programme for many clusters passes all that have fewer.
+std::vector<Clusters> find_clusters_up_to(const WeightedPoints& points, std::int32_t levels);
+
 namespace reference {
-/// The same by trying every cut. For tests: n over levels of them.
+/// The best cut by trying every cut. For tests: n over levels of them.
 Clusters find_clusters(const WeightedPoints& points, std::int32_t levels);
 }  // namespace reference
 

@@ -9,7 +9,7 @@
 namespace kvpack {
 
 /// Raised whenever Implementation or an operation's problem structure changes.
-inline constexpr std::int32_t kCudaLibraryVersion = 3;
+inline constexpr std::int32_t kCudaLibraryVersion = 4;
 
 /// What the CUDA library hands over.
 struct CudaLibrary {

@@ -13,6 +13,7 @@
 #include "evaluate/implementations.h"
 #include "flatquant/implementations.h"
 #include "formats/tile64/implementations.h"
+#include "klt/implementations.h"
 #include "kvpack/dispatch.h"
 #include "prune/implementations.h"
 #include "quantize/implementations.h"
@@ -30,7 +31,9 @@ constexpr std::array kOperations{Operation::kPruneMagnitude,      Operation::kRo
                                  Operation::kMultiplyTile64,      Operation::kAttendTile64,
                                  Operation::kKronQuantize,        Operation::kDequantizeInt4,
                                  Operation::kUndoTransform,       Operation::kLinearW4A4,
-                                 Operation::kCompareTensors,      Operation::kCompareLogits};
+                                 Operation::kSimulateKlt,         Operation::kCompressKlt,
+                                 Operation::kUnpackKlt,           Operation::kCompareTensors,
+                                 Operation::kCompareLogits};
 
 /// A row of the CPU side. Naming the operation's type makes the compiler check the function against it.
 template <typename Function>
@@ -64,6 +67,9 @@ const std::vector<Implementation>& cpu_rows() {
       cpu_row<DequantizeInt4Function>(Operation::kDequantizeInt4, "reference", kNothing, reference::dequantize_int4),
       cpu_row<UndoTransformFunction>(Operation::kUndoTransform, "reference", kNothing, reference::undo_transform),
       cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "reference", kNothing, reference::linear_w4a4),
+      cpu_row<SimulateKltFunction>(Operation::kSimulateKlt, "reference", kNothing, reference::simulate_klt),
+      cpu_row<CompressKltFunction>(Operation::kCompressKlt, "reference", kNothing, reference::compress_klt),
+      cpu_row<UnpackKltFunction>(Operation::kUnpackKlt, "reference", kNothing, reference::unpack_klt),
       cpu_row<CompareTensorsFunction>(Operation::kCompareTensors, "reference", kNothing, reference::compare_tensors),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "reference", kNothing, reference::compare_logits),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "scalar", kNothing, scalar::compare_logits),
@@ -227,6 +233,12 @@ const char* name_of(Operation operation) noexcept {
       return "undo_transform";
     case Operation::kLinearW4A4:
       return "linear_w4a4";
+    case Operation::kSimulateKlt:
+      return "simulate_klt";
+    case Operation::kCompressKlt:
+      return "compress_klt";
+    case Operation::kUnpackKlt:
+      return "unpack_klt";
     case Operation::kCompareTensors:
       return "compare_tensors";
     case Operation::kCompareLogits:

@@ -24,6 +24,9 @@ enum class Operation : std::int32_t {
   kDequantizeInt4,
   kUndoTransform,
   kLinearW4A4,
+  kSimulateKlt,
+  kCompressKlt,
+  kUnpackKlt,
   kCompareTensors,
   kCompareLogits,
 };

@@ -60,6 +60,10 @@ TEST(CAbi, StructuresLieAsPythonMirrorsThem) {
   EXPECT_EQ(sizeof(kvpack_int4_rows), 272u);
   EXPECT_EQ(sizeof(kvpack_kron_transform), 264u);
   EXPECT_EQ(sizeof(kvpack_kron_output), 288u);
+  EXPECT_EQ(sizeof(kvpack_klt_table), 472u);
+  EXPECT_EQ(offsetof(kvpack_klt_table, mean), 32u);
+  EXPECT_EQ(sizeof(kvpack_klt_samples), 192u);
+  EXPECT_EQ(sizeof(kvpack_klt_allocation), 72u);
   EXPECT_EQ(sizeof(kvpack_tile64), 552u);
   EXPECT_EQ(offsetof(kvpack_tile64, bitmaps), 24u);
   EXPECT_EQ(sizeof(kvpack_tile64_options), 32u);
