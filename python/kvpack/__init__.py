@@ -28,6 +28,14 @@ _HOMES = {
     "simulate_klt": "kvpack.klt",
     "compress_klt": "kvpack.klt",
     "unpack_klt": "kvpack.klt",
+    "Int4Rows": "kvpack.int4_rows",
+    "kron_quantize": "kvpack.kron",
+    "rmsnorm_kron_quantize": "kvpack.kron",
+    "silu_mul_kron_quantize": "kvpack.kron",
+    "dequantize_int4": "kvpack.int4_rows",
+    "undo_transform": "kvpack.kron",
+    "get_decompose_dim": "kvpack.kron",
+    "linear_w4a4": "kvpack.int4_rows",
     "compare_tensors": "kvpack.ops",
     "compare_logits": "kvpack.ops",
     "list_implementations": "kvpack.ops",
@@ -72,6 +80,14 @@ __all__ = [
     "simulate_klt",
     "compress_klt",
     "unpack_klt",
+    "Int4Rows",
+    "kron_quantize",
+    "rmsnorm_kron_quantize",
+    "silu_mul_kron_quantize",
+    "dequantize_int4",
+    "undo_transform",
+    "get_decompose_dim",
+    "linear_w4a4",
     "compare_tensors",
     "compare_logits",
     "list_implementations",
@@ -103,7 +119,15 @@ if TYPE_CHECKING:
     from kvpack.attend import attend_tile64, multiply_keys, multiply_values
     from kvpack.cache import CacheMemory, TileCache
     from kvpack.codebook_methods import CodebookMethod
+    from kvpack.int4_rows import Int4Rows, dequantize_int4, linear_w4a4
     from kvpack.klt import KltRows, KltTable, KltTables, compress_klt, simulate_klt, unpack_klt
+    from kvpack.kron import (
+        get_decompose_dim,
+        kron_quantize,
+        rmsnorm_kron_quantize,
+        silu_mul_kron_quantize,
+        undo_transform,
+    )
     from kvpack.methods import DenseMethod, Method, register_method
     from kvpack.models.hooks import Simulation, simulate
     from kvpack.models.tile_attention import attend_tiles

@@ -21,7 +21,7 @@ ABI_VERSION = 5
 MAX_RANK = 4
 CPU, CUDA = 0, 1
 
-_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int64": 4, "int32": 5, "int8": 6, "uint8": 7}
+DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int64": 4, "int32": 5, "int8": 6, "uint8": 7}
 _known_dtypes: dict[Any, int] = {}
 _PADDING = tuple((0,) * (MAX_RANK - rank) for rank in range(MAX_RANK + 1))
 _DEVICE_KINDS = {"cpu": CPU, "cuda": CUDA}
@@ -289,9 +289,9 @@ def _number_of(x: Any, name: str) -> int:
     dtype = x.dtype
     if dtype not in _known_dtypes:
         is_swapped = isinstance(dtype, np.dtype) and not dtype.isnative
-        number = None if is_swapped else _DTYPES.get(dtype_name(dtype))
+        number = None if is_swapped else DTYPES.get(dtype_name(dtype))
         if number is None:
-            raise TypeError(f"{name} has element type {dtype}; kvpack knows {', '.join(_DTYPES)}")
+            raise TypeError(f"{name} has element type {dtype}; kvpack knows {', '.join(DTYPES)}")
         _known_dtypes[dtype] = number
     return _known_dtypes[dtype]
 

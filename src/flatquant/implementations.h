@@ -112,6 +112,15 @@ using LinearW4A4Function = void (*)(const LinearW4A4Problem&);
 namespace reference {  // products in float64
 KVPACK_DECLARE_FLATQUANT
 }
+namespace scalar {
+KVPACK_DECLARE_FLATQUANT
+}
+namespace avx2 {
+KVPACK_DECLARE_FLATQUANT
+}
+namespace avx512 {
+KVPACK_DECLARE_FLATQUANT
+}
 #undef KVPACK_DECLARE_FLATQUANT
 
 }  // namespace kvpack
