@@ -6,9 +6,23 @@ import numpy as np
 import pytest
 import torch
 
+from kvpack import ops
+
+HAS_CUDA = torch.cuda.is_available() and ops.cuda_status().startswith("loaded")
+REASON = f"CUDA side: {ops.cuda_status()}" if torch.cuda.is_available() else "torch finds no CUDA device"
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason=REASON)]
+AGAINST_REFERENCE = [*GPU, pytest.mark.usefixtures("cpu_runs_the_reference")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 SEED = 20261121
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 GUARD = 64
+
+
+def needs_gpu(test):
+    """Marks one test as GPU marks parameters."""
+    for mark in GPU:
+        test = mark(test)
+    return test
 
 
 class Layout(NamedTuple):
@@ -83,3 +97,21 @@ def assert_same_bits(expected, actual, what=""):
         f"expected {expected[at].item()!r} (0x{expected_words[at].item():x}), "
         f"got {actual[at].item()!r} (0x{actual_words[at].item():x}); seed {SEED}"
     )
+
+
+def check_against_reference(operation, x, layout=PLAIN, **options):
+    """Runs operation on the CPU's reference, on CUDA out of place and in place; all three must agree."""
+    expected, expected_counts = operation(x, **options)
+    assert x.numel() == 0 or ops.last_implementation() == "reference"
+    source, target = place(x, layout), Guarded(x.shape, x.dtype, layout)
+    if "channel_scores" in options:
+        options["channel_scores"] = options["channel_scores"].cuda()
+    _, counts = operation(source.view, **options, out=target.view)
+    assert ops.last_implementation() == "cuda"
+    assert_same_bits(expected, target.view, "out of place")
+    assert_same_bits(x, source.view, "x itself")
+    assert counts == expected_counts
+    _, counts = operation(source.view, **options, out=source.view)
+    assert_same_bits(expected, source.view, "in place")
+    assert counts == expected_counts
+    assert source.guards_are_intact() and target.guards_are_intact()

@@ -3,17 +3,13 @@
 import pytest
 import torch
 import transformers
+from cuda_tensors import DEVICES
 from tiny_models import make_ids, make_model
 
 import kvpack
-from kvpack import TileCache, attend_tiles, ops
+from kvpack import TileCache, attend_tiles
 from kvpack.tile_batches import select_batches
 
-HAS_CUDA = torch.cuda.is_available() and ops.cuda_status().startswith("loaded")
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]),
-]
 POLICY = "mustafar-50-q4+window32"
 SIZES = {"head_dim": 64, "max_position_embeddings": 1024}
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +28,10 @@ from kvpack.cli import app
 from kvpack.evaluate.listener import Listener
 from kvpack.models.layers import find_attention_layers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEQLEN, SAMPLES = 24, 5
 WEIGHTS = ("none", "query", "fisher")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,15 +13,9 @@ from kvpack.calibrate.collect import CollectError, Collector, value_weights
 from kvpack.calibrate.fingerprint import ModelFingerprint
 from kvpack.models.layers import find_attention_layers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHTS = ("none", "query", "fisher")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def collect(model: torch.nn.Module, weights: str, ids: torch.Tensor, sink: int = 0, seed: int = 0) -> dict:

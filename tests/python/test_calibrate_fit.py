@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -16,13 +14,7 @@ from kvpack.calibrate.fit import FitOptions, fit_codebook, fit_layer
 from kvpack.calibrate.samples import choose_samples, share_samples
 from kvpack.evaluate.texts import TextError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def keys(tokens: int = 700, channels: int = 12, seed: int = 0) -> torch.Tensor:

@@ -9,13 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
-from saved_models import save_tiny_model, write_words
+from saved_models import write_words
 from test_results import make_document, make_row
 from typer.testing import CliRunner, Result
 
@@ -24,20 +22,9 @@ from kvpack import doctor, terminal
 from kvpack.cli import app
 from kvpack.evaluate import results
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from kvpack import ops
+from cuda_tensors import DEVICES, GPU, needs_gpu
 
 COMPAT = Path(__file__).resolve().parents[2] / "compat"
 sys.path.insert(0, str(COMPAT))
@@ -25,11 +24,6 @@ from mustafar_quant_reference import (  # noqa: E402
     sparse_value_matmul_reference_quant,
 )
 
-HAS_CUDA = torch.cuda.is_available() and ops.cuda_status().startswith("loaded")
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]),
-]
 DTYPES = [torch.float16, torch.bfloat16]
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 2**-8}
 
@@ -311,8 +305,7 @@ def test_wrong_types_and_lengths_are_refused():
         convert_key_batched(torch.zeros(64, 64).half())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+@needs_gpu
 def test_mixed_devices_are_refused():
     call = Call()
     call.q = call.q.cuda()
@@ -348,7 +341,7 @@ def run_script(name, *arguments):
         ["--tokens", "128", "--head-dim", "64", "--device", "cpu"],
         ["--tokens", "64", "--bit", "4", "--value-bit", "2", "--dtype", "bfloat16", "--rows", "1", "--device", "cpu"],
         ["--tokens", "64", "--only", "value", "--bit", "8", "--align-bytes", "16", "--batch", "1", "--device", "cpu"],
-        pytest.param([], marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]),
+        pytest.param([], marks=GPU),
     ],
 )
 def test_the_old_test_script_prints_that_all_is_true(arguments):

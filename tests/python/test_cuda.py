@@ -5,42 +5,24 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_tensors import PADDED, PLAIN, SEED, STRIDED, Guarded, assert_same_bits, fill, place
+from cuda_tensors import (
+    AGAINST_REFERENCE,
+    PADDED,
+    PLAIN,
+    SEED,
+    STRIDED,
+    Guarded,
+    assert_same_bits,
+    check_against_reference,
+    fill,
+    place,
+)
 
 from kvpack import _native, ops
 
-REASON = "torch finds no CUDA device" if not torch.cuda.is_available() else f"CUDA side: {ops.cuda_status()}"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or not ops.cuda_status().startswith("loaded"), reason=REASON),
-]
+pytestmark = AGAINST_REFERENCE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cpu_runs_the_reference():
-    ops.force_implementation("reference")
-    yield
-    ops.force_implementation("")
-
-
-def check_against_reference(operation, x, layout=PLAIN, **options):
-    """Runs operation on the CPU's reference, on CUDA out of place and in place; all three must agree."""
-    expected, expected_counts = operation(x, **options)
-    assert x.numel() == 0 or ops.last_implementation() == "reference"
-    source, target = place(x, layout), Guarded(x.shape, x.dtype, layout)
-    if "channel_scores" in options:
-        options["channel_scores"] = options["channel_scores"].cuda()
-    _, counts = operation(source.view, **options, out=target.view)
-    assert ops.last_implementation() == "cuda"
-    assert_same_bits(expected, target.view, "out of place")
-    assert_same_bits(x, source.view, "x itself")
-    assert counts == expected_counts
-    _, counts = operation(source.view, **options, out=source.view)
-    assert_same_bits(expected, source.view, "in place")
-    assert counts == expected_counts
-    assert source.guards_are_intact() and target.guards_are_intact()
 
 
 # --- registry and worked examples: the drawings in the kernels' headers ----------------------------------------------

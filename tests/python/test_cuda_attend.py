@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_tensors import SEED, assert_same_bits
+from cuda_tensors import AGAINST_REFERENCE, SEED, assert_same_bits
 from tile_cases import (
     DEVICE,
     Case,
@@ -29,14 +29,10 @@ from tile_cases import (
     worst_errors,
 )
 
-from kvpack import attend_tile64, compress_tile64, multiply_keys, multiply_values, ops, unpack_tile64
+from kvpack import attend_tile64, compress_tile64, multiply_keys, multiply_values, unpack_tile64
 from kvpack.tile64 import TENSOR_NAMES
 
-REASON = "torch finds no CUDA device" if not torch.cuda.is_available() else f"CUDA side: {ops.cuda_status()}"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or not ops.cuda_status().startswith("loaded"), reason=REASON),
-]
+pytestmark = AGAINST_REFERENCE
 
 BITS = [16, 8, 4, 2, 1]
 DTYPES = [torch.float16, torch.bfloat16]
@@ -62,10 +58,8 @@ def cases(**lists):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def cpu_runs_the_reference(request):
-    ops.force_implementation("reference")
+def errors_are_shown(request):
     yield
-    ops.force_implementation("")
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
     for (operation, dtype), (error, what) in sorted(worst_errors.items(), key=str):
         terminal.write_line(f"\nlargest relative error {error:.2e}  {operation} {dtype}  ({what})")

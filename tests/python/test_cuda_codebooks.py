@@ -3,17 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from cuda_tensors import PADDED, PLAIN, STRIDED, assert_same_bits, fill
-from test_cuda import (
-    AXES,
-    DTYPES,
-    UNIFORM_CASES,
-    check_against_reference,
-    cpu_runs_the_reference,  # noqa: F401  a fixture
-    pytestmark,  # noqa: F401
-)
+from cuda_tensors import AGAINST_REFERENCE, PADDED, PLAIN, STRIDED, assert_same_bits, check_against_reference, fill
+from test_cuda import AXES, DTYPES, UNIFORM_CASES
 
 from kvpack import codebook_ops
+
+pytestmark = AGAINST_REFERENCE
 
 
 def codebook_of(bits: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_tensors import assert_same_bits
+from cuda_tensors import AGAINST_REFERENCE, assert_same_bits
 from tile_cases import (
     Case,
     attend,
@@ -13,20 +13,9 @@ from tile_cases import (
     values_of,
 )
 
-from kvpack import attend_tile64, multiply_keys, multiply_values, ops, torch_ops
+from kvpack import attend_tile64, multiply_keys, multiply_values, torch_ops
 
-REASON = "torch finds no CUDA device" if not torch.cuda.is_available() else f"CUDA side: {ops.cuda_status()}"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or not ops.cuda_status().startswith("loaded"), reason=REASON),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cpu_runs_the_reference(request):
-    ops.force_implementation("reference")
-    yield
-    ops.force_implementation("")
+pytestmark = AGAINST_REFERENCE
 
 
 @pytest.mark.parametrize("bits", [16, 2])

@@ -6,25 +6,25 @@ Codebooks, scales, calibrated ranges, groups, layouts, and the shapes at which a
 import numpy as np
 import pytest
 import torch
-from cuda_tensors import PADDED, PLAIN, SEED, STRIDED, Guarded, assert_same_bits, fill, place
+from cuda_tensors import (
+    AGAINST_REFERENCE,
+    PADDED,
+    PLAIN,
+    SEED,
+    STRIDED,
+    Guarded,
+    assert_same_bits,
+    check_against_reference,
+    fill,
+    place,
+)
 
 from kvpack import codebook_ops, ops
 
-REASON = "torch finds no CUDA device" if not torch.cuda.is_available() else f"CUDA side: {ops.cuda_status()}"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or not ops.cuda_status().startswith("loaded"), reason=REASON),
-]
+pytestmark = AGAINST_REFERENCE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 AXES = ["per_channel", "per_token"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cpu_runs_the_reference():
-    ops.force_implementation("reference")
-    yield
-    ops.force_implementation("")
 
 
 def codebook(bits: int) -> np.ndarray:
@@ -40,21 +40,6 @@ def calibrated(x: torch.Tensor, axis: str) -> dict:
     low, high = torch.minimum(low, high), torch.maximum(low, high)
     high[0] = low[0]
     return dict(mode="calibrated", lower=low, upper=high)
-
-
-def check(operation, x, layout=PLAIN, **options):
-    """Runs operation on the reference, on CUDA out of place and in place; all three must agree."""
-    expected, expected_counts = operation(x, **options)
-    source, target = place(x, layout), Guarded(x.shape, x.dtype, layout)
-    _, counts = operation(source.view, **options, out=target.view)
-    assert ops.last_implementation() == "cuda"
-    assert_same_bits(expected, target.view, "out of place")
-    assert_same_bits(x, source.view, "x itself")
-    assert counts == expected_counts
-    _, counts = operation(source.view, **options, out=source.view)
-    assert_same_bits(expected, source.view, "in place")
-    assert counts == expected_counts
-    assert source.guards_are_intact() and target.guards_are_intact()
 
 
 SHAPES = {
@@ -105,7 +90,7 @@ def test_every_method_equals_the_reference_bit_for_bit(shape, method, axis, dtyp
     options = METHODS[method](x, axis)
     if "mode" in case and "mode" in options:
         pytest.skip("one mode at a time")
-    check(codebook_ops.simulate_quantized, x, bits=3, axis=axis, **case, **options)
+    check_against_reference(codebook_ops.simulate_quantized, x, bits=3, axis=axis, **case, **options)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -118,7 +103,7 @@ def test_every_number_of_bits_equals_the_reference(dtype, axis, bits):
         dict(codebook=codebook(bits)),
         dict(codebook=codebook_ops.nf_codebook(bits), outlier_fraction=0.01),
     ):
-        check(codebook_ops.simulate_quantized, x, bits=bits, axis=axis, **options)
+        check_against_reference(codebook_ops.simulate_quantized, x, bits=bits, axis=axis, **options)
 
 
 KINDS = ["constant", "ties", "mostly ties", "positive", "drift", "denormal", "zeros", "huge", "sink"]
@@ -132,9 +117,11 @@ def test_every_kind_of_data_equals_the_reference(kind, method, axis, dtype):
     x = fill(kind, 196, 136, dtype)
     options = METHODS[method](x, axis)
     for group in (None, 32, 64) if "lower" not in options else (None,):
-        check(codebook_ops.simulate_quantized, x, bits=3, axis=axis, group=group, **options)
+        check_against_reference(codebook_ops.simulate_quantized, x, bits=3, axis=axis, group=group, **options)
         if "compat" not in options:
-            check(codebook_ops.simulate_quantized, x, bits=3, axis=axis, group=group, compat=True, **options)
+            check_against_reference(
+                codebook_ops.simulate_quantized, x, bits=3, axis=axis, group=group, compat=True, **options
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -143,7 +130,9 @@ def test_every_kind_of_data_equals_the_reference(kind, method, axis, dtype):
 def test_long_vectors_equal_the_reference(fraction, axis, dtype):
     for kind, shape in (("normal", (9000, 72)), ("ties", (5000, 64)), ("sink", (4099, 136)), ("drift", (4100, 64))):
         x = fill(kind, *shape, dtype)
-        check(codebook_ops.simulate_quantized, x, bits=4, axis=axis, outlier_fraction=fraction, protected_tokens=1)
+        check_against_reference(
+            codebook_ops.simulate_quantized, x, bits=4, axis=axis, outlier_fraction=fraction, protected_tokens=1
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

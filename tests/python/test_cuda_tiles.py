@@ -4,28 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_tensors import SEED, WORDS, assert_same_bits
+from cuda_tensors import AGAINST_REFERENCE, SEED, WORDS, assert_same_bits
 
 from kvpack import _native, compress_tile64, ops, unpack_tile64
 from kvpack.tile64 import TENSOR_NAMES, workspace_of
 from kvpack.tiles import allocate_tile64
 
-REASON = "torch finds no CUDA device" if not torch.cuda.is_available() else f"CUDA side: {ops.cuda_status()}"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or not ops.cuda_status().startswith("loaded"), reason=REASON),
-]
+pytestmark = AGAINST_REFERENCE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 BITS = [16, 8, 4, 2, 1]
 KINDS = ["key", "value"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cpu_runs_the_reference():
-    ops.force_implementation("reference")
-    yield
-    ops.force_implementation("")
 
 
 def fill(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

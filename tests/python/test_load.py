@@ -18,11 +18,6 @@ from kvpack.models import hub, load
 from kvpack.models.load import ModelNotFound, choose_device, load_model, open_model
 
 
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
 def hub_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Points the hub's client at an address, with an empty cache and a short patience."""
@@ -36,8 +31,8 @@ def hub_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return point
 
 
-def test_a_folder_is_loaded_with_its_shape_and_in_float32_on_the_cpu(tiny_folder: Path) -> None:
-    loaded = load_model(str(tiny_folder), device="cpu")
+def test_a_folder_is_loaded_with_its_shape_and_in_float32_on_the_cpu(model_folder: Path) -> None:
+    loaded = load_model(str(model_folder), device="cpu")
     assert (loaded.name, loaded.dtype, loaded.device) == ("tiny", "float32", "cpu")
     assert (loaded.num_layers, loaded.kv_heads, loaded.head_dim) == (3, 2, 8)
     assert loaded.max_positions == MAX_POSITIONS
@@ -46,12 +41,12 @@ def test_a_folder_is_loaded_with_its_shape_and_in_float32_on_the_cpu(tiny_folder
     assert loaded.tokenizer("abc")["input_ids"] == loaded.tokenizer("abcd")["input_ids"][:3]
 
 
-def test_the_type_asked_for_is_the_type_of_the_weights(tiny_folder: Path) -> None:
-    assert load_model(str(tiny_folder), dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
+def test_the_type_asked_for_is_the_type_of_the_weights(model_folder: Path) -> None:
+    assert load_model(str(model_folder), dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
 
 
-def test_auto_is_the_checkpoints_type_on_cuda(tiny_folder: Path, tmp_path: Path) -> None:
-    half = shutil.copytree(tiny_folder, tmp_path / "half")
+def test_auto_is_the_checkpoints_type_on_cuda(model_folder: Path, tmp_path: Path) -> None:
+    half = shutil.copytree(model_folder, tmp_path / "half")
     config = json.loads((half / "config.json").read_text())
     config["dtype"] = "bfloat16"
     (half / "config.json").write_text(json.dumps(config))
@@ -60,22 +55,22 @@ def test_auto_is_the_checkpoints_type_on_cuda(tiny_folder: Path, tmp_path: Path)
 
 
 def test_loading_prints_nothing_and_leaves_the_switches_of_transformers(
-    tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+    model_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
     before = (logging.get_verbosity(), logging.is_progress_bar_enabled(), tqdm.__init__)
-    load_model(str(tiny_folder), device="cpu")
+    load_model(str(model_folder), device="cpu")
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled(), tqdm.__init__) == before
 
 
-def test_the_fingerprint_follows_the_weights_and_not_the_path(tiny_folder: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(tiny_folder, tmp_path / "moved")
+def test_the_fingerprint_follows_the_weights_and_not_the_path(model_folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
     other = save_tiny_model(tmp_path / "other", seed=5)
-    assert open_model(str(moved)).fingerprint == open_model(str(tiny_folder)).fingerprint
-    assert open_model(str(other)).fingerprint != open_model(str(tiny_folder)).fingerprint
+    assert open_model(str(moved)).fingerprint == open_model(str(model_folder)).fingerprint
+    assert open_model(str(other)).fingerprint != open_model(str(model_folder)).fingerprint
 
 
 def test_a_path_that_is_not_there_is_refused() -> None:
@@ -91,36 +86,36 @@ def test_a_folder_without_config_is_refused_and_a_gguf_in_it_is_pointed_at(tmp_p
         open_model(str(tmp_path))
 
 
-def test_a_folder_without_weights_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny_folder / "config.json", tmp_path)
+def test_a_folder_without_weights_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(model_folder / "config.json", tmp_path)
     with pytest.raises(ModelNotFound, match="no weights"):
         open_model(str(tmp_path))
 
 
-def test_a_folder_without_tokenizer_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_is_refused(model_folder: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(tiny_folder / name, tmp_path)
+        shutil.copy(model_folder / name, tmp_path)
     with pytest.raises(ModelNotFound, match="tokenizer cannot be loaded"):
         load.load_tokenizer(open_model(str(tmp_path)))
 
 
-def test_a_broken_configuration_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny_folder / "model.safetensors", tmp_path)
+def test_a_broken_configuration_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(model_folder / "model.safetensors", tmp_path)
     (tmp_path / "config.json").write_text("{ this is no JSON")
     with pytest.raises(ModelNotFound, match="configuration cannot be read"):
         open_model(str(tmp_path))
 
 
-def test_a_model_that_predicts_no_next_token_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny_folder / "model.safetensors", tmp_path)
+def test_a_model_that_predicts_no_next_token_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(model_folder / "model.safetensors", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelNotFound, match="'vit' model, not a causal language model"):
         open_model(str(tmp_path))
 
 
-def test_torn_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    torn = shutil.copytree(tiny_folder, tmp_path / "torn")
-    (torn / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes()[:1000])
+def test_torn_weights_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    torn = shutil.copytree(model_folder, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ModelNotFound, match="weights cannot be loaded"):
         load_model(str(torn), device="cpu")
 
@@ -187,9 +182,9 @@ def test_a_name_that_the_hub_does_not_know_is_refused(hub_at) -> None:
         server.shutdown()
 
 
-def test_a_cached_model_is_used_when_the_hub_is_away(tiny_folder: Path, tmp_path: Path, hub_at) -> None:
+def test_a_cached_model_is_used_when_the_hub_is_away(model_folder: Path, tmp_path: Path, hub_at) -> None:
     snapshot = tmp_path / "cache" / "models--some--tiny" / "snapshots" / "0123456789abcdef"
-    shutil.copytree(tiny_folder, snapshot)
+    shutil.copytree(model_folder, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
     hub_at("http://127.0.0.1:9")
@@ -210,9 +205,9 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         choose_device("cuda")
 
 
-def test_an_unknown_type_is_refused(tiny_folder: Path) -> None:
+def test_an_unknown_type_is_refused(model_folder: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'int8'; it is one of auto"):
-        load_model(str(tiny_folder), dtype="int8")
+        load_model(str(model_folder), dtype="int8")
 
 
 @pytest.mark.model

@@ -13,17 +13,6 @@ from kvpack import _native, ops
 IMPLEMENTATIONS = sorted({row["name"] for row in ops.list_implementations() if row["device"] == "cpu"})
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    """Forces each implementation in turn; skips with the reason where the machine lacks it."""
-    try:
-        ops.force_implementation(request.param)
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    yield request.param
-    ops.force_implementation("")
-
-
 def torch_uniform(x, bits, dim, outlier_fraction):
     """KVQuant's dynamic dense-and-sparse method in torch; `levels / range` there is (1/range) * levels: compat."""
     levels = 2**bits - 1

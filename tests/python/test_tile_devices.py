@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from cuda_tensors import assert_same_bits
+from cuda_tensors import DEVICES, assert_same_bits, needs_gpu
 from tiny_models import make_ids, make_model
 
 import kvpack
-from kvpack import compress_tile64, concat_tile64, ops, torch_ops, unpack_tile64
+from kvpack import compress_tile64, concat_tile64, torch_ops, unpack_tile64
 from kvpack.tile64 import TENSOR_NAMES
 from kvpack.tile_batches import select_batches
-
-HAS_CUDA = torch.cuda.is_available() and ops.cuda_status().startswith("loaded")
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 both_devices = pytest.mark.parametrize("device", DEVICES)
 both_kinds = pytest.mark.parametrize("kind", ["key", "value"])
@@ -79,8 +75,7 @@ def test_a_cache_generates_and_holds_its_tiles_on_the_device(beams, device):
     assert memory.tokens == 169 and 0 < memory.total_bytes < memory.uncompressed_bytes
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+@needs_gpu
 def test_float32_models_on_a_gpu_are_told_what_to_do_before_anything_is_cached():
     model = make_model(head_dim=64).cuda()
     cache = kvpack.TileCache(model, "mustafar-50-q4")

@@ -35,17 +35,6 @@ LIMITS = {torch.float16: 2e-3, torch.bfloat16: 2e-3, torch.float32: 1e-5}
 by up to 2^-8, once in the output and, where an implementation multiplies in that type, once in the values of codes."""
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    """Forces each implementation in turn; skips with the reason where the machine lacks it."""
-    try:
-        ops.force_implementation(request.param)
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    yield request.param
-    ops.force_implementation("")
-
-
 def random_matrices(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
