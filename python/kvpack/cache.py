@@ -13,6 +13,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from kvpack.models.load import kv_shape
 from kvpack.models.tile_attention import is_attending, text_config
 from kvpack.models.tile_layers import Seen, SimulatedLayer, TileLayer, attach_seen, seen_of
 from kvpack.mustafar import PruneMethod
@@ -160,7 +161,7 @@ def _make_layers(config: Any, policy: Policy, simulate: bool) -> list[CacheLayer
 
 
 def _check_head_dim(config: Any) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _, head_dim = kv_shape(config)
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(
             f"{type(config).__name__} has head_dim {head_dim}; tiles exist for {', '.join(map(str, HEAD_DIMS))}"

@@ -17,6 +17,7 @@ from torch import nn
 from kvpack.methods import Kind
 from kvpack.models.attention import intercept_attention
 from kvpack.models.layers import AttentionLayer, find_attention_layers
+from kvpack.models.load import kv_shape
 
 Write = Callable[[int, Kind, str, torch.Tensor], None]
 """write(layer, kind, what, rows): `states` and `gradients` [tokens, channels], `squares` float64 [1, channels]."""
@@ -222,8 +223,7 @@ def backward_bytes(config: Any, seqlen: int, dtype: torch.dtype) -> int:
     """
     config = config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads, head_dim = kv_shape(config)
     size = dtype.itemsize
     layer = 6 * hidden * 4 + size * (4 * hidden + 4 * (heads + kv_heads) * head_dim + 4 * config.intermediate_size)
     if getattr(config, "_attn_implementation", None) == "eager":

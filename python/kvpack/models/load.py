@@ -269,6 +269,13 @@ def choose_dtype(dtype: str, device: str, files: ModelFiles) -> str:
     return "float32" if device == "cpu" else files.checkpoint_dtype
 
 
+def kv_shape(config: Any) -> tuple[int, int]:
+    """(kv_heads, head_dim) of a decoder's configuration, which may leave out what follows from its other numbers."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def load_weights(files: ModelFiles, tokenizer: Any, *, dtype: str, device: str) -> LoadedModel:
     """Loads the weights of a model that open_model found.
 
@@ -295,7 +302,7 @@ def load_weights(files: ModelFiles, tokenizer: Any, *, dtype: str, device: str) 
             raise ModelNotFound(f"{files.name}: its weights cannot be loaded: {reason}") from error
     model = model.to(device).eval()
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    kv_heads, head_dim = kv_shape(config)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -304,8 +311,8 @@ def load_weights(files: ModelFiles, tokenizer: Any, *, dtype: str, device: str) 
         dtype=dtype,
         device=device,
         num_layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         max_positions=files.max_positions,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
