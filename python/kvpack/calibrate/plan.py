@@ -16,6 +16,7 @@ from kvpack.evaluate import results, texts
 from kvpack.evaluate.listener import Listener
 from kvpack.methods import check_choice, check_int
 from kvpack.models import load
+from kvpack.uniform import normal_fraction
 
 AUTO = "auto"
 """Fisher weights where a backward pass fits into memory, else query weights."""
@@ -130,9 +131,7 @@ def _check_numbers(request: Request) -> list[int]:
         raise ValueError(f"no bits given; a codebook has {', '.join(map(str, CODEBOOK_BITS))} bits")
     for bits in request.bits:
         check_choice("bits", bits, CODEBOOK_BITS)
-    fraction = request.outlier_fraction
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
-        raise ValueError(f"outlier_fraction is {fraction!r}; it is at least 0 and below 1 (0 % to 100 %)")
+    normal_fraction(request.outlier_fraction)
     return sorted(set(request.bits))
 
 
