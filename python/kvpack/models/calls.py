@@ -24,15 +24,12 @@ class CallGuard:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hears every call before it runs."""
-        arguments = _named_arguments(module, args, kwargs)
+        arguments = named_arguments(module, args, kwargs)
         mask = arguments.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            if not bool(mask.all()):
-                padded = int((mask == 0).any(dim=1).sum())
-                raise NotImplementedError(
-                    f"attention_mask hides tokens in {padded} of {mask.shape[0]} sequences (padding), which would "
-                    "enter the statistics; pass sequences of equal length, or one at a time"
-                )
+            refuse_padding(
+                mask, " (padding), which would enter the statistics; pass sequences of equal length, or one at a time"
+            )
         elif mask is not None and self.is_outermost:
             shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise NotImplementedError(
@@ -44,7 +41,18 @@ class CallGuard:
             raise NotImplementedError(f"position_ids do not count up by one (packed sequences); {WHOLE_SEQUENCES}")
 
 
-def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def refuse_padding(mask: torch.Tensor, why: str) -> None:
+    """Refuses a mask [batch, tokens] that hides tokens.
+
+    Raises:
+        NotImplementedError: it does; the message counts the sequences and goes on with `why`.
+    """
+    if not bool(mask.all()):
+        padded = int((mask == 0).any(dim=1).sum())
+        raise NotImplementedError(f"attention_mask hides tokens in {padded} of {mask.shape[0]} sequences{why}")
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by name, positional ones too."""
     try:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments

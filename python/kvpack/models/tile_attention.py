@@ -5,7 +5,6 @@ The layers that hold the tiles are tile_layers.py; how a function gets in betwee
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from torch import nn
 
 from kvpack.attend import MAX_QUERY_ROWS, attend_tile64
 from kvpack.models.attention import intercept_attention
+from kvpack.models.calls import named_arguments, refuse_padding
 from kvpack.models.layers import find_attention_layers
 from kvpack.models.tile_layers import Seen, seen_of
 
@@ -80,13 +80,9 @@ def is_attending(config: Any) -> bool:
 
 def _refuse_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before anything is changed: a mask function that gives no mask at all would hide padding from _attend."""
-    arguments = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
-        padded = int((mask == 0).any(dim=1).sum())
-        raise NotImplementedError(
-            f"attention_mask hides tokens in {padded} of {mask.shape[0]} sequences: {_NO_PADDING}"
-        )
+    mask = named_arguments(module, args, kwargs).get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        refuse_padding(mask, f": {_NO_PADDING}")
 
 
 def _attend(
