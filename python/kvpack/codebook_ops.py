@@ -14,11 +14,9 @@ import numpy as np
 
 from kvpack import _native
 from kvpack.arrays import TensorLike, empty_like
-from kvpack.ops import UniformCounts, choose
+from kvpack.ops import UniformCounts, choose, uniform_options
 
 HISTOGRAM_BINS = 4096
-_AXES = {"per_channel": 0, "per_token": 1}
-_OFFSETS = {"floating": 0, "clamp": 1}
 _MODES = {"oracle": 0, "causal": 1, "calibrated": 2}
 _SCALES = {"range": 0, "rms": 1}
 _DIRECTIONS = {"forward": 0, "inverse": 1}
@@ -118,24 +116,13 @@ def simulate_quantized(
     """
     view = _native.view(x, "x")
     out = empty_like(x) if out is None else out
-    if group is not None and group < 1:
-        raise ValueError(f"group is {group}; it must be at least 1")
     centroids = None if codebook is None else _host("codebook", codebook, np.float32)
     bounds = [None if v is None else _host(n, v, np.float32) for n, v in (("lower", lower), ("upper", upper))]
     sizes = {v.size for v in bounds if v is not None}
     if len(sizes) > 1:
         raise ValueError(f"lower has {bounds[0].size} thresholds and upper {bounds[1].size}; they pair up")
-    uniform = _native.UniformOptions(
-        bits,
-        choose("axis", axis, _AXES),
-        group or 0,
-        choose("offset", offset, _OFFSETS),
-        choose("mode", mode, _MODES),
-        float(outlier_fraction),
-        protected_tokens,
-        bool(compat),
-        0,
-    )
+    chosen_mode = choose("mode", mode, _MODES)
+    uniform = uniform_options(bits, axis, group, offset, chosen_mode, outlier_fraction, protected_tokens, compat)
     norm_scale, norm_offset = norm or (1.0, 0.0)
     options = _native.QuantizeOptions(
         uniform,

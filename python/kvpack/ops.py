@@ -129,6 +129,30 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
+def uniform_options(
+    bits: int,
+    axis: str,
+    group: int | None,
+    offset: str,
+    mode: int,
+    outlier_fraction: float,
+    protected_tokens: int,
+    compat: bool,
+) -> _native.UniformOptions:
+    """The native form of what simulate_uniform and simulate_quantized share; words outside their sets are refused."""
+    return _native.UniformOptions(
+        bits,
+        choose("axis", axis, _AXES),
+        0 if group is None else _positive("group", group),
+        choose("offset", offset, _OFFSETS),
+        mode,
+        float(outlier_fraction),
+        protected_tokens,
+        bool(compat),
+        0,
+    )
+
+
 def simulate_uniform(
     x: TensorLike,
     bits: int,
@@ -166,17 +190,8 @@ def simulate_uniform(
     """
     view = _native.view(x, "x")
     out = empty_like(x) if out is None else out
-    options = _native.UniformOptions(
-        bits,
-        choose("axis", axis, _AXES),
-        0 if group is None else _positive("group", group),
-        choose("offset", offset, _OFFSETS),
-        choose("mode", mode, _MODES),
-        float(outlier_fraction),
-        protected_tokens,
-        bool(compat),
-        0,
-    )
+    chosen_mode = choose("mode", mode, _MODES)
+    options = uniform_options(bits, axis, group, offset, chosen_mode, outlier_fraction, protected_tokens, compat)
     counts = _native.UniformCounts()
     _native.check(
         _native.library.kvpack_simulate_uniform(
