@@ -3,9 +3,40 @@
 
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kvpack/dispatch.h"
 
 namespace kvpack {
+
+namespace {
+
+/// True when the processor has AMX for bfloat16 and Linux lets this process use its registers, which it must be asked for once.
+/// The compiler's own detection does not know AMX.
+bool may_use_amx_bf16() noexcept {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22;
+  constexpr unsigned kAmxTile = 1u << 24;
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 std::uint32_t detect_cpu_features() noexcept {
   std::uint32_t features = 0;
@@ -22,6 +53,8 @@ std::uint32_t detect_cpu_features() noexcept {
   if (has_avx2) features |= kFeatureAvx2;
   if (has_avx2 && has_avx512) features |= kFeatureAvx512;
   if (has_avx2 && has_avx512 && has_vbmi2) features |= kFeatureAvx512Vbmi2;
+  const bool has_bf16 = has_avx2 && has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && may_use_amx_bf16()) features |= kFeatureAmxBf16;
 #endif
   return features;
 }
@@ -50,6 +83,7 @@ std::string cpu_features() {
   note(__builtin_cpu_supports("gfni"), "gfni");
   note(__builtin_cpu_supports("avx512vnni"), "avx512vnni");
   note(__builtin_cpu_supports("avx512bf16"), "avx512bf16");
+  note(may_use_amx_bf16(), "amx_bf16");
 #endif
   return words.empty() ? "none that kvpack asks for" : words;
 }

@@ -11,6 +11,8 @@ enum CpuFeature : std::uint32_t {
   kFeatureAvx512 = 1u << 1,  // avx512f, bw, dq and vl together: Skylake-X and later, Zen 4 and later
   // avx512vbmi, vbmi2, bitalg, vpopcntdq and gfni on top of kFeatureAvx512: Ice Lake and later, Zen 4 and later
   kFeatureAvx512Vbmi2 = 1u << 2,
+  // avx512bf16, amx_tile and amx_bf16 on top of kFeatureAvx512, with the system's permission: Sapphire Rapids and later
+  kFeatureAmxBf16 = 1u << 3,
 };
 
 /// The bits that this machine has.

@@ -78,6 +78,7 @@ const std::vector<Implementation>& cpu_rows() {
 #if defined(__x86_64__)
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "avx2", kFeatureAvx2, avx2::kron_quantize),
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "avx512", kFeatureAvx512, avx512::kron_quantize),
+      cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "amx", kFeatureAmxBf16, amx::kron_quantize),
       cpu_row<UndoTransformFunction>(Operation::kUndoTransform, "avx2", kFeatureAvx2, avx2::undo_transform),
       cpu_row<UndoTransformFunction>(Operation::kUndoTransform, "avx512", kFeatureAvx512, avx512::undo_transform),
       cpu_row<PruneFunction>(Operation::kPruneMagnitude, "avx2", kFeatureAvx2, avx2::prune_magnitude),
@@ -115,6 +116,7 @@ bool runs_here(const Implementation& row) {
 }
 
 std::string needs_text(std::uint32_t needs) {
+  if (needs & kFeatureAmxBf16) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512bf16 amx_bf16";
   if (needs & kFeatureAvx512Vbmi2) {
     return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vbmi avx512vbmi2 avx512bitalg avx512vpopcntdq gfni";
   }

@@ -122,5 +122,8 @@ namespace avx512 {
 KVPACK_DECLARE_FLATQUANT
 }
 #undef KVPACK_DECLARE_FLATQUANT
+namespace amx {  // bfloat16 products on AMX; the rest as avx512
+void kron_quantize(const KronQuantizeProblem&);
+}
 
 }  // namespace kvpack
