@@ -49,7 +49,7 @@ def kron_quantize(
     Args:
         x: [.., n], float16, bfloat16 or float32, any leading shape and row stride; copied where rows do not lie at one
             stride or channels are not adjacent.
-        left: [M, M] of x's type, contiguous; None: one-sided, M = n / N.
+        left: [M, M] of x's type, copied where it is not contiguous; None: one-sided, M = n / N.
         right: [N, N] likewise; None: one-sided. Neither: rows are quantised as they are.
         clip_ratio: factor of the range, above 0 and at most 1; several make several outputs of one transform, as
             queries, keys and values have them.
@@ -161,7 +161,7 @@ def undo_transform(
 
     Args:
         y: [.., n], float16, bfloat16 or float32.
-        left_inverse, right_inverse: [M, M] and [N, N] of y's type, contiguous, or None.
+        left_inverse, right_inverse: [M, M] and [N, N] of y's type, or None.
         diagonal: [n] of y's type, multiplied into the result.
         out: shape and type of y, contiguous, other memory.
 
@@ -173,7 +173,7 @@ def undo_transform(
     flat = _rows_of(y, "y")
     out = empty_like(y) if out is None else checked_out(out, "out", y.shape)
     flat_out = out.reshape(-1, y.shape[-1])
-    transform = _transform(left_inverse, right_inverse, diagonal)
+    transform, _kept = _matrices(left_inverse, right_inverse, diagonal)
     _native.check(
         _native.library.kvpack_undo_transform(
             _native.view(flat, "y"), transform, _native.view(flat_out, "out"), _native.stream_of(y)
@@ -214,7 +214,7 @@ class _Settings:
         out: Int4Rows | Sequence[Int4Rows] | None,
     ) -> None:
         self.clips, self.is_single = clips_of(clip_ratio, clip)
-        self.transform = _transform(left, right, diagonal)
+        self.transform, self.matrices = _matrices(left, right, diagonal)
         self.sides = (
             x.shape[-1] if left is None else left.shape[0],
             x.shape[-1] if right is None else right.shape[0],
@@ -289,7 +289,14 @@ def _rows_of(x: TensorLike, name: str) -> TensorLike:
     return rows if adjacent or rows.shape[1] == 1 else as_contiguous(rows)
 
 
-def _transform(left: TensorLike | None, right: TensorLike | None, diagonal: TensorLike | None) -> bytes:
-    """kvpack_kron_transform."""
+def _matrices(
+    left: TensorLike | None, right: TensorLike | None, diagonal: TensorLike | None
+) -> tuple[bytes, list[TensorLike | None]]:
+    """kvpack_kron_transform, and the tensors whose memory it names: copies where one is not contiguous."""
     named = ((left, "left"), (right, "right"), (diagonal, "diagonal"))
-    return b"".join(_native.NO_TENSOR if part is None else _native.view(part, name) for part, name in named)
+    kept = [None if part is None else as_contiguous(part) if hasattr(part, "shape") else part for part, _ in named]
+    views = [
+        _native.NO_TENSOR if part is None else _native.view(part, name)
+        for part, (_, name) in zip(kept, named, strict=True)
+    ]
+    return b"".join(views), kept
