@@ -79,24 +79,9 @@ void expect_equal_to_reference(const UniformCase& c, Method method, const std::s
   SCOPED_TRACE(describe(c) + ", method " + std::to_string(static_cast<int>(method)));
   const QuantizedCase quantized(c, method);
   const QuantizeOptions options = quantized.options();
-  Matrix x(c.tokens, c.channels, c.dtype, c.layout);
-  x.fill(c.fill, kSeed);
-  Matrix expected(c.tokens, c.channels, c.dtype);
-  Matrix actual(c.tokens, c.channels, c.dtype, c.layout);
-  force_implementation("reference");
-  const UniformCounts expected_counts = simulate_quantized(x.view(), expected.view(), options);
-  force_implementation(implementation);
-  const UniformCounts counts = simulate_quantized(x.view(), actual.view(), options);
-  EXPECT_EQ(last_implementation(), implementation);
-  EXPECT_TRUE(same_bits(expected, actual));
-  EXPECT_TRUE(actual.guards_are_intact());
-  EXPECT_EQ(counts.quantized, expected_counts.quantized);
-  EXPECT_EQ(counts.vectors, expected_counts.vectors);
-  EXPECT_EQ(counts.outliers, expected_counts.outliers);
-  Matrix in_place(c.tokens, c.channels, c.dtype, c.layout);
-  in_place.copy_from(x);
-  simulate_quantized(in_place.view(), in_place.view(), options);
-  EXPECT_TRUE(same_bits(expected, in_place)) << "in place";
+  expect_equal_to_reference(c, implementation, [&](const TensorView& x, const TensorView& out) {
+    return simulate_quantized(x, out, options);
+  });
 }
 
 TEST_P(SimulateQuantized, EqualsTheReferenceBitForBitInEveryShapeAndMethod) {

@@ -1,10 +1,14 @@
-// The case table of simulated uniform quantisation: shapes around every tile and vector size, groups, strides, types.
+// The case table of simulated uniform quantisation: shapes around every tile and vector size, groups, strides, types; and
+// the comparison with the reference.
 #pragma once
+
+#include <gtest/gtest.h>
 
 #include <string>
 #include <vector>
 
-#include "kvpack/quantize.h"
+#include "kvpack/kvpack.h"
+#include "support/compare.h"
 #include "support/matrix.h"
 
 namespace kvpack::test {
@@ -75,6 +79,30 @@ inline const std::vector<UniformCase>& uniform_cases() {
       {"strided channels, float16", 70, 72, kNormal, DType::kFloat16, {3, 0, 1}, uniform_options(4, 0.0, 0, 2)},
   };
   return cases;
+}
+
+/// Runs simulate(x, out), which returns UniformCounts, on the reference and on an implementation, apart and in place:
+/// bits, counts and what lies around must be the same.
+template <typename Simulate>
+void expect_equal_to_reference(const UniformCase& c, const std::string& implementation, Simulate simulate) {
+  Matrix x(c.tokens, c.channels, c.dtype, c.layout);
+  x.fill(c.fill, kSeed);
+  Matrix expected(c.tokens, c.channels, c.dtype);
+  Matrix actual(c.tokens, c.channels, c.dtype, c.layout);
+  force_implementation("reference");
+  const UniformCounts expected_counts = simulate(x.view(), expected.view());
+  force_implementation(implementation);
+  const UniformCounts counts = simulate(x.view(), actual.view());
+  EXPECT_EQ(last_implementation(), implementation);
+  EXPECT_TRUE(same_bits(expected, actual));
+  EXPECT_TRUE(actual.guards_are_intact());
+  EXPECT_EQ(counts.quantized, expected_counts.quantized);
+  EXPECT_EQ(counts.vectors, expected_counts.vectors);
+  EXPECT_EQ(counts.outliers, expected_counts.outliers);
+  Matrix in_place(c.tokens, c.channels, c.dtype, c.layout);
+  in_place.copy_from(x);
+  simulate(in_place.view(), in_place.view());
+  EXPECT_TRUE(same_bits(expected, in_place)) << "in place";
 }
 
 }  // namespace kvpack::test

@@ -15,24 +15,9 @@ INSTANTIATE_TEST_SUITE_P(Cpu, SimulateUniform, ::testing::ValuesIn(cpu_implement
 /// Runs one case and compares it with the reference.
 void expect_equal_to_reference(const UniformCase& c, const std::string& implementation) {
   SCOPED_TRACE(describe(c));
-  Matrix x(c.tokens, c.channels, c.dtype, c.layout);
-  x.fill(c.fill, kSeed);
-  Matrix expected(c.tokens, c.channels, c.dtype);
-  Matrix actual(c.tokens, c.channels, c.dtype, c.layout);
-  force_implementation("reference");
-  const UniformCounts expected_counts = simulate_uniform(x.view(), expected.view(), c.options);
-  force_implementation(implementation);
-  const UniformCounts counts = simulate_uniform(x.view(), actual.view(), c.options);
-  EXPECT_EQ(last_implementation(), implementation);
-  EXPECT_TRUE(same_bits(expected, actual));
-  EXPECT_TRUE(actual.guards_are_intact());
-  EXPECT_EQ(counts.quantized, expected_counts.quantized);
-  EXPECT_EQ(counts.vectors, expected_counts.vectors);
-  EXPECT_EQ(counts.outliers, expected_counts.outliers);
-  Matrix in_place(c.tokens, c.channels, c.dtype, c.layout);
-  in_place.copy_from(x);
-  simulate_uniform(in_place.view(), in_place.view(), c.options);
-  EXPECT_TRUE(same_bits(expected, in_place)) << "in place";
+  expect_equal_to_reference(c, implementation, [&](const TensorView& x, const TensorView& out) {
+    return simulate_uniform(x, out, c.options);
+  });
 }
 
 TEST_P(SimulateUniform, EqualsTheReferenceBitForBitInEveryShapeAndOption) {
