@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from listeners import Recorder
 from saved_models import find_smollm2, save_tiny_model, write_words
 from tiny_models import make_model
 from typer.testing import CliRunner
@@ -129,42 +130,23 @@ def test_a_killed_run_goes_on_where_it_was_and_makes_the_same_bytes(
     folder = partial_path(plan.output)
     assert json.loads((folder / "progress.json").read_text())["samples"] == min(steps, SAMPLES)
     assert len(list(folder.glob("*.fitted"))) == max(0, steps - SAMPLES)
-    seen = Counting()
+    seen = Recorder()
     run(prepare(dataclasses.replace(asked, resume=True)), seen)
     assert len(seen.steps) == SAMPLES + 6 - steps
     assert plan.output.read_bytes() == (tmp_path / "whole").read_bytes()
     assert not folder.exists()
 
 
-class Counting(Listener):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.steps: list[str] = []
-        self.total = self.done = 0
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def begin(self, forwards: int, unit: str = "forwards") -> None:
-        self.total = forwards
-
-    def step(self, text: str) -> None:
-        self.steps.append(text)
-
-    def advance(self, forwards: int) -> None:
-        self.done += forwards
-
-
 def test_progress_ends_where_it_said_it_would(request_for: Any) -> None:
-    heard = Counting()
+    heard = Recorder()
     run(prepare(request_for()), heard)
-    assert heard.done == heard.total > 0
+    assert heard.done == heard.expected > 0
     assert heard.steps[0] == f"sample 1 of {SAMPLES}" and heard.steps[-1] == "layer 2 values"
 
 
 def test_a_finished_run_is_not_done_again(request_for: Any) -> None:
     run(prepare(request_for()))
-    heard = Counting()
+    heard = Recorder()
     plan = prepare(request_for(resume=True), heard)
     assert plan.finished is not None
     run(plan, heard)
@@ -200,7 +182,7 @@ def test_another_model_does_not_go_on_with_an_interrupted_run(request_for: Any, 
 def test_a_new_run_replaces_an_interrupted_one_and_says_so(request_for: Any) -> None:
     with pytest.raises(Killed):
         run(prepare(request_for(seed=4)), KillAt(3))
-    heard = Counting()
+    heard = Recorder()
     run(prepare(request_for(), heard), heard)
     assert len(heard.steps) == SAMPLES + 6 and "--resume would go on" in heard.notes[0]
 
@@ -240,7 +222,7 @@ def test_a_file_that_is_not_ours_is_never_overwritten(request_for: Any) -> None:
 
 def test_a_disk_that_is_too_small_is_said_before_the_first_forward(request_for: Any, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    heard = Counting()
+    heard = Recorder()
     with pytest.raises(CalibrationError, match=r"take 0.0 GiB .* 0.0 GiB free"):
         run(prepare(request_for()), heard)
     assert not heard.steps
@@ -248,7 +230,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_forward(request_for: 
 
 def test_without_memory_for_gradients_weights_are_query_and_it_is_said(request_for: Any, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["kvpack.calibrate.run"], "available_memory_bytes", lambda device: 1000)
-    heard = Counting()
+    heard = Recorder()
     assert run(prepare(request_for()), heard).header["weights"] == "query"
     assert any("query weights instead of fisher" in note for note in heard.notes)
 

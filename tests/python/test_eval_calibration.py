@@ -6,22 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from listeners import Recorder
 from model_calibrations import make_calibration
 from saved_models import save_tiny_model, write_words
 
 from kvpack.evaluate import Request, prepare, results, run
-from kvpack.evaluate.listener import Listener
 from kvpack.models import load
-
-
-class Recorder(Listener):
-    """Remembers notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import shutil
@@ -15,37 +14,15 @@ import numpy as np
 import pytest
 import torch
 from by_hand import SEQLEN, measure_by_hand
+from listeners import Recorder
 from saved_models import MAX_POSITIONS, find_smollm2, save_tiny_model, write_words
 
 import kvpack
 from kvpack.evaluate import Request, evaluate, perplexity, prepare, results, run, texts
-from kvpack.evaluate.listener import Listener
 from kvpack.evaluate.perplexity import EvaluationError
 from kvpack.models import load
-from kvpack.models.hub import HubUnreachable
 
 SEGMENTS = 5
-
-
-class Recorder(Listener):
-    """Remembers what was said and done."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.expected = self.forwards = 0
-        self.rows: list[tuple[str, str]] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def begin(self, forwards: int, unit: str = "forwards") -> None:
-        self.expected = forwards
-
-    def advance(self, forwards: int) -> None:
-        self.forwards += forwards
-
-    def row(self, row: dict[str, Any]) -> None:
-        self.rows.append((row["policy"], row["dataset"]))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +74,7 @@ def test_fp16_is_the_first_row_and_costs_nothing(request_for) -> None:
     first = document["rows"][0]
     assert (first["ppl_delta"], first["kl"], first["top1"], first["bits"]) == (0.0, 0.0, 1.0, 16.0)
     assert (first["ppl_delta_low"], first["ppl_delta_high"], first["layer_errors"]) == (0.0, 0.0, [])
-    assert heard.forwards == heard.expected == 3 * SEGMENTS
+    assert heard.done == heard.expected == 3 * SEGMENTS
 
 
 def test_bits_and_layer_errors_are_those_of_the_simulation(model_folder: Path, words: Path, request_for) -> None:
@@ -161,8 +138,8 @@ def test_reference_logits_that_do_not_fit_are_computed_again_with_the_same_resul
     again, heard_again = measure(request_for("int4", "int2", reference_memory_gib=one))
     for row, other in zip(kept["rows"], again["rows"], strict=True):
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
-    assert heard_kept.forwards == heard_kept.expected == 3 * SEGMENTS
-    assert heard_again.forwards == heard_again.expected == 3 * SEGMENTS + 2 * (SEGMENTS - 2)
+    assert heard_kept.done == heard_kept.expected == 3 * SEGMENTS
+    assert heard_again.done == heard_again.expected == 3 * SEGMENTS + 2 * (SEGMENTS - 2)
     assert not heard_kept.notes
     assert any("2 of 5 segments fit in memory" in note for note in heard_again.notes)
 
@@ -216,7 +193,7 @@ def test_a_finished_row_is_saved_before_the_next_one_starts_and_a_failure_keeps_
     monkeypatch.undo()
     document, heard = measure(request_for("int4", "int2", "int8", json_path=path, resume=True))
     assert heard.rows == [("int2", "text:words.txt"), ("int8", "text:words.txt")]
-    assert heard.forwards == heard.expected == 3 * SEGMENTS
+    assert heard.done == heard.expected == 3 * SEGMENTS
     assert document["complete"] and len(document["resumed"]) == 1
     assert document["rows"][:2] == kept["rows"]
     fresh, _ = measure(request_for("int4", "int2", "int8"))
@@ -362,29 +339,6 @@ def test_two_texts_of_one_name_are_refused(request_for, words: Path, tmp_path: P
 def test_results_and_report_must_be_two_files(request_for, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the same file"):
         prepare(request_for("int4", json_path=tmp_path / "x", report_path=tmp_path / "x"))
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_a_dataset_without_the_library_or_the_hub_says_what_to_do_instead(
-    request_for, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    instead = r"Give --text FILE .* or --datasets pydoc"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(texts.TextError, match=f"wikitext2 needs the datasets library: .*{instead}"):
-        texts.load_text("wikitext2")
-
-    def unreachable(*_: object) -> None:
-        raise HubUnreachable("the hub cannot be reached")
-
-    def not_cached(*_: object, offline: bool) -> None:
-        assert offline
-        raise ConnectionError("not in the cache")
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(texts, "require_on_hub", unreachable)
-    monkeypatch.setattr(texts, "_hub_rows", not_cached)
-    with pytest.raises(texts.TextError, match=f"c4 .* cannot be had: the hub cannot be reached. {instead}"):
-        texts.load_text("c4")
 
 
 def test_nan_in_a_model_is_found_at_once_and_its_layer_named(model_folder: Path, request_for, tmp_path: Path) -> None:

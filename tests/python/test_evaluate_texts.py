@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvpack.evaluate import bootstrap, texts
+from kvpack.models.hub import HubUnreachable
 
 
 def test_pydoc_is_the_sorted_topics_joined_by_blank_lines() -> None:
@@ -68,3 +69,25 @@ def test_one_segment_has_no_interval_and_bad_shapes_are_refused() -> None:
         bootstrap.paired_interval(np.array([2.0, 2.1]), np.array([1.9]))
     with pytest.raises(ValueError, match=r"shape \(0,\)"):
         bootstrap.paired_interval(np.array([]), np.array([]))
+
+
+def test_a_dataset_without_the_library_or_the_hub_says_what_to_do_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    instead = r"Give --text FILE .* or --datasets pydoc"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(texts.TextError, match=f"wikitext2 needs the datasets library: .*{instead}"):
+        texts.load_text("wikitext2")
+
+    def unreachable(*_: object) -> None:
+        raise HubUnreachable("the hub cannot be reached")
+
+    def not_cached(*_: object, offline: bool) -> None:
+        assert offline
+        raise ConnectionError("not in the cache")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(texts, "require_on_hub", unreachable)
+    monkeypatch.setattr(texts, "_hub_rows", not_cached)
+    with pytest.raises(texts.TextError, match=f"c4 .* cannot be had: the hub cannot be reached. {instead}"):
+        texts.load_text("c4")
