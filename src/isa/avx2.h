@@ -56,6 +56,14 @@ inline U32 load_u32(const std::uint32_t* source) {
 inline void store_u32(std::uint32_t* target, U32 value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), value);
 }
+inline U32 load_bytes(const std::uint8_t* source) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+}
+inline void store_bytes(std::uint8_t* target, U32 value) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packus_epi16(words, words));
+}
+inline F32 gather(const float* source, U32 place) { return _mm256_i32gather_ps(source, place, 4); }
 
 inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
@@ -83,6 +91,12 @@ inline Mask ge_u32(U32 a, U32 b) {
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_cmpgt_epi32(a, b), _mm256_cmpeq_epi32(a, b)));
 }
 inline Mask gt_u32(U32 a, U32 b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)); }
+inline U32 add_u32(U32 a, U32 b) { return _mm256_add_epi32(a, b); }
+inline U32 and_u32(U32 a, U32 b) { return _mm256_and_si256(a, b); }
+inline U32 min_u32(U32 a, U32 b) { return _mm256_min_epu32(a, b); }
+inline U32 shift_left(U32 a, int places) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(places)); }
+inline U32 shift_right(U32 a, int places) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(places)); }
+inline U32 add_one_where(Mask mask, U32 count) { return _mm256_sub_epi32(count, _mm256_castps_si256(mask)); }
 inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
 inline std::uint32_t bits(Mask mask) { return static_cast<std::uint32_t>(_mm256_movemask_ps(mask)); }
 inline Mask mask_from_bits(std::uint32_t lane_bits) {

@@ -51,6 +51,13 @@ inline F32 set1(float value) { return _mm512_set1_ps(value); }
 inline U32 set1_u32(std::uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
 inline U32 load_u32(const std::uint32_t* source) { return _mm512_loadu_si512(source); }
 inline void store_u32(std::uint32_t* target, U32 value) { _mm512_storeu_si512(target, value); }
+inline U32 load_bytes(const std::uint8_t* source) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
+inline void store_bytes(std::uint8_t* target, U32 value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtepi32_epi8(value));
+}
+inline F32 gather(const float* source, U32 place) { return _mm512_i32gather_ps(place, source, 4); }
 
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
@@ -73,6 +80,14 @@ inline Mask eq(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Mask is_nonfinite(F32 a) { return _mm512_fpclass_ps_mask(a, 0x99); }
 inline Mask ge_u32(U32 a, U32 b) { return _mm512_cmpge_epu32_mask(a, b); }
 inline Mask gt_u32(U32 a, U32 b) { return _mm512_cmpgt_epu32_mask(a, b); }
+inline U32 add_u32(U32 a, U32 b) { return _mm512_add_epi32(a, b); }
+inline U32 and_u32(U32 a, U32 b) { return _mm512_and_si512(a, b); }
+inline U32 min_u32(U32 a, U32 b) { return _mm512_min_epu32(a, b); }
+inline U32 shift_left(U32 a, int places) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(places)); }
+inline U32 shift_right(U32 a, int places) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(places)); }
+inline U32 add_one_where(Mask mask, U32 count) {
+  return _mm512_mask_add_epi32(count, mask, count, _mm512_set1_epi32(1));
+}
 inline Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
 inline std::uint32_t bits(Mask mask) { return mask; }
 inline Mask mask_from_bits(std::uint32_t lane_bits) { return static_cast<Mask>(lane_bits); }

@@ -31,6 +31,11 @@ inline F32 set1(float value) { return value; }
 inline U32 set1_u32(std::uint32_t value) { return value; }
 inline U32 load_u32(const std::uint32_t* source) { return *source; }
 inline void store_u32(std::uint32_t* target, U32 value) { *target = value; }
+/// kLanes bytes, widened; and the lowest byte of each lane.
+inline U32 load_bytes(const std::uint8_t* source) { return *source; }
+inline void store_bytes(std::uint8_t* target, U32 value) { *target = static_cast<std::uint8_t>(value); }
+/// source[place] lane by lane.
+inline F32 gather(const float* source, U32 place) { return source[place]; }
 
 // --- arithmetic: one IEEE rounding each; min and max return b when either is NaN ---
 inline F32 add(F32 a, F32 b) { return a + b; }
@@ -55,6 +60,13 @@ inline Mask eq(F32 a, F32 b) { return a == b; }
 inline Mask is_nonfinite(F32 a) { return (std::bit_cast<std::uint32_t>(a) & 0x7f800000u) == 0x7f800000u; }
 inline Mask ge_u32(U32 a, U32 b) { return a >= b; }
 inline Mask gt_u32(U32 a, U32 b) { return a > b; }
+inline U32 add_u32(U32 a, U32 b) { return a + b; }
+inline U32 and_u32(U32 a, U32 b) { return a & b; }
+inline U32 min_u32(U32 a, U32 b) { return std::min(a, b); }
+inline U32 shift_left(U32 a, int places) { return a << places; }
+inline U32 shift_right(U32 a, int places) { return a >> places; }
+/// count + 1 in the lanes of set bits.
+inline U32 add_one_where(Mask mask, U32 count) { return count + mask; }
 inline Mask either(Mask a, Mask b) { return a | b; }
 inline std::uint32_t bits(Mask mask) { return mask; }
 inline Mask mask_from_bits(std::uint32_t lane_bits) { return lane_bits & 1u; }
