@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvpack.methods import Kind
 from kvpack.policy import Policy
 
 if TYPE_CHECKING:
-    from kvpack.calibrate import Calibration
-    from kvpack.calibrate.calibration import LayerCalibration
+    from kvpack.calibrate import ModelCalibration
 
 _KINDS: tuple[Kind, ...] = ("key", "value")
 
 
-def as_calibration(calibration: Calibration | str | Path | None) -> Calibration | None:
+def as_calibration(calibration: ModelCalibration | str | Path | None) -> ModelCalibration | None:
     """A calibration as it is, or read from its file.
 
     Raises:
@@ -27,12 +26,14 @@ def as_calibration(calibration: Calibration | str | Path | None) -> Calibration 
     """
     if not isinstance(calibration, (str, Path)):
         return calibration
-    from kvpack.calibrate import Calibration
+    from kvpack.calibrate import load_any_calibration
 
-    return Calibration.load(calibration)
+    return load_any_calibration(calibration)
 
 
-def check_calibration(policy: Policy, calibration: Calibration | None, layers: Collection[int] | None = None) -> None:
+def check_calibration(
+    policy: Policy, calibration: ModelCalibration | None, layers: Collection[int] | None = None
+) -> None:
     """Refuses a policy whose calibration is missing or lacks what its methods read.
 
     Args:
@@ -49,13 +50,13 @@ def check_calibration(policy: Policy, calibration: Calibration | None, layers: C
         raise ValueError(_missing(policy))
     for layer in sorted(calibration.layers if layers is None else layers):
         for kind in _KINDS:
-            find_tables(policy, calibration, kind, layer)
+            _checked_tables(policy, calibration, kind, layer)
 
 
 def find_tables(
-    policy: Policy, calibration: Calibration | None, kind: Kind, layer: int | None, channels: int | None = None
-) -> LayerCalibration | None:
-    """What a calibration knows of one layer and kind; None where the policy's method reads none.
+    policy: Policy, calibration: ModelCalibration | None, kind: Kind, layer: int | None, channels: int | None = None
+) -> Any:
+    """What the policy's method reads of a calibration for one layer and kind; None where it reads none.
 
     Args:
         policy, calibration, kind, layer: as simulate_tensor.
@@ -65,29 +66,50 @@ def find_tables(
         ValueError: as check_calibration; also another number of channels.
     """
     method = policy.method_for(kind, layer)
+    part = _checked_tables(policy, calibration, kind, layer)
+    if part is None:
+        return None
+    assert calibration is not None and layer is not None
+    if channels is not None and part.channels != channels:
+        raise ValueError(
+            f"{calibration.name} has {part.channels} channels for the {kind}s of layer {layer}; x has {channels}"
+        )
+    return method.find_tables(policy, calibration, kind, layer)
+
+
+def _checked_tables(policy: Policy, calibration: ModelCalibration | None, kind: Kind, layer: int | None) -> Any:
+    """The calibration's part of one layer and kind, once it holds what the method reads."""
+    method = policy.method_for(kind, layer)
     if not method.needs_tables(policy.mode):
         return None
     if calibration is None:
         raise ValueError(_missing(policy))
+    if calibration.method != method.calibration_method:
+        raise ValueError(
+            f"policy {policy.name!r} reads a calibration of --method {method.calibration_method}; {calibration.name} "
+            f"was made with --method {calibration.method}"
+        )
     if layer is None:
         raise ValueError(f"policy {policy.name!r} reads a calibration by layer; say which layer it is for")
     if (layer, kind) not in calibration.parts:
         have = ", ".join(map(str, calibration.layers)) or "none"
         raise ValueError(f"{calibration.name} has no {kind}s of layer {layer}; it has layers {have}")
-    tables = calibration.parts[layer, kind]
     try:
-        method.check_tables(tables, calibration.outlier_fraction, policy.mode)
+        method.check_tables(calibration.parts[layer, kind], calibration, policy.mode)
     except ValueError as error:
         raise ValueError(f"{calibration.name} does not fit policy {policy.name!r}: {error}") from error
-    if channels is not None and tables.channels != channels:
-        raise ValueError(
-            f"{calibration.name} has {tables.channels} channels for the {kind}s of layer {layer}; x has {channels}"
-        )
-    return tables
+    return calibration.parts[layer, kind]
 
 
 def _missing(policy: Policy) -> str:
+    needed = next(
+        method.calibration_method
+        for part in (policy, *policy.layers)
+        for method in (part.key, part.value)
+        if method.needs_tables(policy.mode)
+    )
+    option = "" if needed == "codebook" else f" --method {needed}"
     return (
-        f"policy {policy.name!r} needs a calibration: make one with `kvpack calibrate MODEL -o "
+        f"policy {policy.name!r} needs a calibration: make one with `kvpack calibrate MODEL{option} -o "
         "FILE.safetensors`, then give --calibration FILE.safetensors (in Python calibration=)"
     )

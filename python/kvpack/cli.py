@@ -22,9 +22,9 @@ except ImportError as error:
     raise SystemExit(f"kvpack: the command line needs {error.name}: pip install 'kvpack[eval]'") from error
 
 if TYPE_CHECKING:
-    from kvpack.calibrate.plan import Request as CalibrationRequest
     from kvpack.evaluate.plan import Plan, Request
 
+from kvpack.cli_calibrate import calibrate_command, sensitivities_command
 from kvpack.cli_induction import induction_command
 
 FAILED, BAD_INPUT = 1, 2
@@ -102,7 +102,8 @@ def eval_command(
     datasets: Annotated[
         list[str] | None,
         typer.Option(
-            help="pydoc, wikitext2, ptb, c4, separated by commas; pydoc when neither this nor --text is given."
+            help="pydoc, stdlib, licences, manuals, wikitext2, ptb, c4, with commas between; pydoc when neither this "
+            "nor --text is given."
         ),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="A UTF-8 text file to measure on; once for each.")] = None,
@@ -124,7 +125,8 @@ def eval_command(
         typer.Option(metavar="GIB", help="Memory for the logits of fp16; else half of what is available."),
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What kvpack calibrate wrote, for nuq and +calibrated policies.")
+        str | None,
+        typer.Option(metavar="FILE", help="What kvpack calibrate wrote, for klt, nuq and +calibrated policies."),
     ] = None,
     skip: Annotated[
         str, typer.Option(help="Share of each text, from its start, to leave out, as 25%: what a calibration has seen.")
@@ -139,14 +141,14 @@ def eval_command(
     from kvpack.terminal import make_console
 
     errors = make_console(stderr=True)
-    with _one_message(errors, BAD_INPUT):
+    with one_message(errors, BAD_INPUT):
         from kvpack.evaluate.plan import Request
 
-        skipped = _parse_share(skip, "skip is")
+        skipped = parse_share(skip, "skip is")
     request = Request(
         model=model,
         policies=tuple(policy or ()),
-        datasets=_split(datasets),
+        datasets=split(datasets),
         text_files=tuple(text or ()),
         seqlen=seqlen,
         limit=limit,
@@ -174,11 +176,11 @@ def _evaluate(request: Request, errors: Console) -> Plan:
     plan = None
     try:
         with ProgressDisplay(errors) as display:
-            with _one_message(errors, BAD_INPUT):
+            with one_message(errors, BAD_INPUT):
                 plan = prepare(request, display)
             if request.dtype == "auto" and plan.device == "cpu":
                 display.note("computing in float32, since this is a CPU (--dtype changes it)")
-            with _one_message(errors, FAILED):
+            with one_message(errors, FAILED):
                 run(plan, display)
                 write_page(plan)
     except Interrupted as interrupted:
@@ -198,7 +200,7 @@ def _kept(plan: Plan | None) -> str:
 
 
 @contextmanager
-def _one_message(console: Console, exit_code: int) -> Iterator[None]:
+def one_message(console: Console, exit_code: int) -> Iterator[None]:
     """Turns what a user can do something about into one line; anything else is a bug and keeps its traceback."""
     from kvpack.terminal import print_error
 
@@ -221,100 +223,12 @@ def _print_outcome(output: Console, plan: Plan, *, profile: bool) -> None:
             output.print(f"{what}: {path}", markup=False, soft_wrap=True)
 
 
-@app.command("calibrate")
-def calibrate_command(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder or name, or a GGUF file.", metavar="MODEL")],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The file to write (safetensors).")],
-    text: Annotated[list[str] | None, typer.Option(help="A UTF-8 text file to calibrate on; once for each.")] = None,
-    datasets: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="pydoc, wikitext2, ptb, c4, separated by commas; pydoc when neither this nor --text is given."
-        ),
-    ] = None,
-    nsamples: Annotated[int, typer.Option(help="Samples, over all texts together.")] = 16,
-    seqlen: Annotated[int, typer.Option(help="Tokens of a sample.")] = 2048,
-    bits: Annotated[str, typer.Option(help="Widths to fit codebooks for, out of 2, 3, 4, 5, 8.")] = "2,3,4",
-    outliers: Annotated[str, typer.Option(help="Share of each vector that thresholds leave outside.")] = "1%",
-    sink: Annotated[bool, typer.Option("--sink", help="Leave the first token of every sample out.")] = False,
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="What errors weigh: fisher (gradients), query (forward passes only), none; auto is fisher where "
-            "gradients fit into memory, else query."
-        ),
-    ] = "auto",
-    compat: Annotated[
-        bool, typer.Option("--compat", help="Weigh errors in normalised units, as KVQuant does: without half ranges.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Decides which windows of the texts are drawn.")] = 0,
-    whole_text: Annotated[
-        bool, typer.Option("--whole-text", help="Draw from all of a text, not only from its first part.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on the CPU, else the checkpoint's), float32, bfloat16, float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-) -> None:
-    """Fits codebooks and thresholds to MODEL, for policies that need them, and writes them to one file."""
-    from kvpack.terminal import make_console
-
-    errors = make_console(stderr=True)
-    with _one_message(errors, BAD_INPUT):
-        from kvpack.calibrate.plan import Request
-
-        request = Request(
-            model=model,
-            output=output,
-            text_files=tuple(text or ()),
-            datasets=_split(datasets),
-            nsamples=nsamples,
-            seqlen=seqlen,
-            bits=_parse_bits(bits),
-            outlier_fraction=_parse_share(outliers),
-            sink=int(sink),
-            weights=weights,
-            times_half_range=not compat,
-            seed=seed,
-            whole_text=whole_text,
-            resume=resume,
-            dtype=dtype,
-            device=device,
-        )
-    _calibrate(request, errors)
-
-
-def _calibrate(request: CalibrationRequest, errors: Console) -> None:
-    from kvpack.calibrate import prepare, run
-    from kvpack.terminal import ProgressDisplay, make_console, print_calibration
-
-    try:
-        with ProgressDisplay(errors) as display:
-            with _one_message(errors, BAD_INPUT):
-                plan = prepare(request, display)
-            with _one_message(errors, FAILED):
-                calibration = run(plan, display)
-    except Interrupted as interrupted:
-        kept = "what is finished is kept, and --resume goes on from there"
-        errors.print(f"kvpack: stopped by {interrupted}; {kept}", markup=False, soft_wrap=True)
-        raise typer.Exit(interrupted.exit_code) from interrupted
-    print_calibration(make_console(), calibration)
-
-
-def _split(given: list[str] | None) -> tuple[str, ...]:
+def split(given: list[str] | None) -> tuple[str, ...]:
     """Names of repeated options that may also hold several with commas between."""
     return tuple(name.strip() for part in given or () for name in part.split(",") if name.strip())
 
 
-def _parse_bits(text: str) -> tuple[int, ...]:
-    parts = _split([text])
-    if not all(re.fullmatch(r"\d{1,3}", part, re.ASCII) for part in parts):
-        raise ValueError(f"bits are {text!r}; expected numbers with commas between, as 2,3,4")
-    return tuple(map(int, parts))
-
-
-def _parse_share(text: str, what: str = "outliers are") -> float:
+def parse_share(text: str, what: str = "outliers are") -> float:
     """A share as 1% or 0.5%, exactly the number that a policy's `+1%` is."""
     match = re.fullmatch(r"(\d{1,2}(?:\.\d{1,9})?)\s*%", text.strip(), re.ASCII)
     if match is None and text.strip() != "0":
@@ -322,6 +236,8 @@ def _parse_share(text: str, what: str = "outliers are") -> float:
     return float(Decimal(match[1]) / 100) if match else 0.0
 
 
+app.command("calibrate")(calibrate_command)
+app.command("sensitivities")(sensitivities_command)
 app.command("induction")(induction_command)
 
 

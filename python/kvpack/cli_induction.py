@@ -23,11 +23,11 @@ def induction_command(
     """Repeats random tokens and measures how well MODEL predicts the second copy under each policy. Needs no text."""
     import json
 
-    from kvpack.cli import BAD_INPUT, FAILED, _one_message
+    from kvpack.cli import BAD_INPUT, FAILED, one_message
     from kvpack.terminal import make_console, print_table
 
     errors = make_console(stderr=True)
-    with _one_message(errors, BAD_INPUT):
+    with one_message(errors, BAD_INPUT):
         from kvpack.evaluate import results
         from kvpack.models import load
 
@@ -36,7 +36,7 @@ def induction_command(
         chosen = load.choose_device(device)
         chosen_dtype = load.choose_dtype(dtype, chosen, files)
         tokenizer = load.load_tokenizer(files)
-    with _one_message(errors, FAILED):
+    with one_message(errors, FAILED):
         from kvpack.evaluate.induction import score_induction
         from kvpack.files import write_whole
 

@@ -16,7 +16,7 @@ from kvpack.methods import THRESHOLD_BITS, Kind, Method, Mode, Stage, check_choi
 from kvpack.uniform import check_thresholds_fit, count_bits, fraction_text, normal_fraction, parse_fraction
 
 if TYPE_CHECKING:
-    from kvpack.calibrate.calibration import LayerCalibration
+    from kvpack.calibrate.calibration import Calibration, LayerCalibration
 
 CODEBOOK_BITS = (2, 3, 4, 5)
 CENTROID_BITS = 32
@@ -108,14 +108,14 @@ class CodebookMethod(Method):
     def needs_tables(self, mode: Mode) -> bool:
         return self.codebook == "calibrated" or self._has_static_ranges(mode)
 
-    def check_tables(self, tables: LayerCalibration, outlier_fraction: float, mode: Mode) -> None:
+    def check_tables(self, tables: LayerCalibration, calibration: Calibration, mode: Mode) -> None:
         if self.codebook == "calibrated" and self.bits not in tables.codebooks:
             known = ", ".join(map(str, sorted(tables.codebooks)))
             raise ValueError(
                 f"it has no codebook of {self.bits} bits, only of {known}; recalibrate with --bits {self.bits}"
             )
         if self._has_static_ranges(mode):
-            check_thresholds_fit(self.outlier_fraction, outlier_fraction)
+            check_thresholds_fit(self.outlier_fraction, calibration.outlier_fraction)
 
     def table_bits(self, channels: int, mode: Mode) -> int:
         numbers = (2**self.bits if self.codebook == "calibrated" else 0) + (2 if self.norm else 0)

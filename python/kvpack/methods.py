@@ -13,7 +13,9 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
+    from kvpack.calibrate.base import ModelCalibration
     from kvpack.calibrate.calibration import LayerCalibration
+    from kvpack.policy import Policy
 
 Kind = Literal["key", "value"]
 Mode = Literal["oracle", "causal", "calibrated"]
@@ -33,7 +35,7 @@ THRESHOLD_BITS = 16 + 16
 
 MethodType = TypeVar("MethodType", bound="type[Method]")
 _METHODS: dict[str, type[Method]] = {}
-_BUILT_IN = ("dense", "uniform", "prune", "codebook", "rotated")
+_BUILT_IN = ("dense", "uniform", "prune", "codebook", "rotated", "klt")
 """The order in which our own methods are listed, whichever module was imported first; those of others follow."""
 
 
@@ -47,6 +49,8 @@ class Method(ABC):
     """Name in JSON, unique."""
     refuses_nonfinite: ClassVar[bool] = False
     """True when the native operation raises on NaN and infinity; hooks check for the others."""
+    calibration_method: ClassVar[str] = "codebook"
+    """Which calibration a method reads that needs one: as `kvpack calibrate --method` names it."""
 
     @property
     @abstractmethod
@@ -95,7 +99,7 @@ class Method(ABC):
             protected_tokens: this many first tokens of each sequence come back unchanged.
             mode: `oracle`, `causal` or `calibrated`; only one that knows_mode.
             head_dim: channels of a head; None treats a row as one head.
-            tables: what a calibration knows of this layer and kind; given where needs_tables.
+            tables: what find_tables gave; given where needs_tables.
 
         Raises:
             ValueError: from the native operation, with both values.
@@ -109,9 +113,18 @@ class Method(ABC):
         """True when simulate reads a calibration in that mode."""
         return False
 
-    def check_tables(self, tables: LayerCalibration, outlier_fraction: float, mode: Mode) -> None:
-        """Raises ValueError where a calibration, whose thresholds leave outlier_fraction outside, lacks something."""
+    @property
+    def is_static(self) -> bool:
+        """True when nothing of a sequence's other tokens enters a token's codes, whatever the mode."""
+        return False
+
+    def check_tables(self, tables: Any, calibration: ModelCalibration, mode: Mode) -> None:
+        """Raises ValueError where a calibration, of which tables are one layer and kind, lacks something."""
         return None
+
+    def find_tables(self, policy: Policy, calibration: ModelCalibration, kind: Kind, layer: int) -> Any:
+        """What simulate gets as tables: of one layer and kind, but the whole policy may matter."""
+        return calibration.parts[layer, kind]
 
     def table_bits(self, channels: int, mode: Mode) -> int:
         """Bits of the static tables of one layer and kind, which every token of a cache shares."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvpack import codebook_methods as _codebook  # noqa: F401  (these register their methods)
+from kvpack import klt_methods as _klt  # noqa: F401
 from kvpack import mustafar as _mustafar  # noqa: F401
 from kvpack import rotated as _rotated  # noqa: F401
 from kvpack import uniform as _uniform  # noqa: F401
@@ -98,6 +99,13 @@ class Policy:
     def needs_calibration(self) -> bool:
         """True when a method of some layer reads a calibration."""
         return any(method.needs_tables(self.mode) for part in (self, *self.layers) for method in (part.key, part.value))
+
+    @property
+    def shown_mode(self) -> Mode:
+        """The mode that numbers of this policy are told with: methods that are static anyway are calibrated."""
+        methods = [method for part in (self, *self.layers) for method in (part.key, part.value)]
+        compressing = [method for method in methods if method.stage != "none"]
+        return "calibrated" if compressing and all(method.is_static for method in compressing) else self.mode
 
     def method_for(self, kind: Kind, layer: int | None = None) -> Method:
         """The method of `key` or `value`; of one layer where the policy differs by layer.

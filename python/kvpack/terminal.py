@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -19,9 +19,6 @@ from rich.text import Text
 
 from kvpack.evaluate.bootstrap import ROUGH_BELOW
 from kvpack.evaluate.listener import Listener
-
-if TYPE_CHECKING:
-    from kvpack.calibrate.calibration import Calibration
 
 _PLAIN_WIDTH = 120
 _NARROWEST = 80
@@ -148,23 +145,6 @@ class ProgressDisplay(Listener):
             return ""
         seconds = (time.monotonic() - self._started) / self._done * (self._total - self._done)
         return f"; {self._done} of {self._total} {self._unit}, about {int(seconds) // 60}:{int(seconds) % 60:02d} left"
-
-
-def print_calibration(console: Console, calibration: Calibration) -> None:
-    """Says what a calibration holds and on which texts it was made."""
-    header, model = calibration.header, calibration.model
-    weights = header["weights"] + (" times squared half range" if header["times_half_range"] else " (compat)")
-    rows = [
-        ("model", f"{header['model_name']}: {model.num_layers} layers, {model.kv_heads} KV heads of {model.head_dim}"),
-        ("codebooks", f"{', '.join(map(str, header['bits']))} bits, weights {weights}"),
-        ("outliers", f"{100 * header['outlier_fraction']:g} % of each vector, {header['sink']} first tokens left out"),
-        ("samples", f"{header['nsamples']} x {header['seqlen']} tokens, seed {header['seed']}, {header['dtype']}"),
-    ]
-    for text in header["texts"]:
-        first, last = text["tokens_used"]
-        seen = f"{text['samples']} samples in tokens {first} to {last - 1} of {text['tokens']}"
-        rows.append(("text", f"{text['name']} (sha256 {text['sha256'][:12]}): {seen}"))
-    print_table(console, ("calibration", calibration.name), rows)
 
 
 def print_results(console: Console, document: dict[str, Any]) -> None:

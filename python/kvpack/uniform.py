@@ -29,7 +29,7 @@ from kvpack.methods import (
 )
 
 if TYPE_CHECKING:
-    from kvpack.calibrate.calibration import LayerCalibration
+    from kvpack.calibrate.calibration import Calibration, LayerCalibration
     from kvpack.ops import UniformCounts
 
 UNIFORM_BITS = (2, 3, 4, 5, 8, 16)
@@ -193,9 +193,9 @@ class UniformMethod(Method):
     def needs_tables(self, mode: Mode) -> bool:
         return mode == "calibrated" and self.axis == "per_channel" and self.stage != "none"
 
-    def check_tables(self, tables: LayerCalibration, outlier_fraction: float, mode: Mode) -> None:
+    def check_tables(self, tables: LayerCalibration, calibration: Calibration, mode: Mode) -> None:
         if self.needs_tables(mode):
-            check_thresholds_fit(self.outlier_fraction, outlier_fraction)
+            check_thresholds_fit(self.outlier_fraction, calibration.outlier_fraction)
 
     def table_bits(self, channels: int, mode: Mode) -> int:
         return THRESHOLD_BITS * channels if self.needs_tables(mode) else 0

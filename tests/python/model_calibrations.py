@@ -8,8 +8,8 @@ import numpy as np
 
 from kvpack.calibrate import Calibration
 from kvpack.calibrate.calibration import KINDS, LayerCalibration
-from kvpack.calibrate.files import SCHEMA, VERSION
 from kvpack.calibrate.fingerprint import ModelFingerprint
+from kvpack.calibrate.headers import CODEBOOKS
 
 SHA256 = "0" * 64
 
@@ -28,8 +28,8 @@ def make_calibration(model: Any = None, *, bits=(2, 3, 4, 5), outlier_fraction=0
         for kind in KINDS:
             parts[layer, kind] = _make_part(np.random.default_rng([layer, kind == "value"]), channels, bits)
     header = {
-        "schema": SCHEMA,
-        "version": VERSION,
+        "schema": CODEBOOKS.name,
+        "version": CODEBOOKS.version,
         "kvpack": "0.1.0",
         "model_name": "made up",
         "model": fingerprint.to_json(),

@@ -18,7 +18,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kvpack.calibrate import Calibration, CalibrationError
-from kvpack.calibrate.files import SCHEMA
+from kvpack.calibrate.headers import CODEBOOKS
+
+SCHEMA = CODEBOOKS.name
 
 
 def read(path: Path) -> tuple[dict, dict]:

@@ -26,8 +26,22 @@ Who does what: files.py reads and writes, fingerprint.py tells models apart, pla
 the model, spool.py keeps what it saw on disk, fit.py turns that into codebooks, run.py goes through all of it.
 """
 
-from kvpack.calibrate.calibration import Calibration, CalibrationError
+from kvpack.calibrate.base import CalibrationError, ModelCalibration
+from kvpack.calibrate.calibration import Calibration
+from kvpack.calibrate.files import load_any_calibration
+from kvpack.calibrate.klt_calibration import KltCalibration
 from kvpack.calibrate.plan import Plan, Request, prepare
 from kvpack.calibrate.run import calibrate, run
 
-__all__ = ["Calibration", "CalibrationError", "Plan", "Request", "calibrate", "prepare", "run"]
+__all__ = [
+    "Calibration",
+    "CalibrationError",
+    "KltCalibration",
+    "ModelCalibration",
+    "Plan",
+    "Request",
+    "calibrate",
+    "load_any_calibration",
+    "prepare",
+    "run",
+]

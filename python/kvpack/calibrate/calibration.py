@@ -1,27 +1,21 @@
-"""A calibration in memory: codebooks and thresholds per layer and kind, and every check of them.
+"""Codebooks and thresholds of every layer of one model, in memory: what nuq and +calibrated read, and its checks.
 
 Bytes on disk are files.py; how the numbers are found is fit.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from kvpack.calibrate.fingerprint import ModelFingerprint
-from kvpack.methods import Kind, check_choice
+from kvpack.calibrate.base import KINDS, CalibrationError, ModelCalibration, TensorForm, check_finite, layer_spans
+from kvpack.calibrate.headers import CODEBOOK_BITS, CODEBOOKS, Schema
+from kvpack.methods import Kind
 
-KINDS: tuple[Kind, ...] = ("key", "value")
-CODEBOOK_BITS = (2, 3, 4, 5, 8)
-"""Bit widths a codebook can be calibrated for."""
-
-
-class CalibrationError(ValueError):
-    """A calibration that cannot be read, does not fit, or lacks something; the message shows both sides."""
+__all__ = ["CODEBOOK_BITS", "KINDS", "Calibration", "CalibrationError", "LayerCalibration"]
 
 
 @dataclass(frozen=True)
@@ -45,57 +39,40 @@ class LayerCalibration:
         return len(self.lower)
 
 
-class Calibration:
-    """Codebooks and thresholds of every layer of one model, checked.
+class Calibration(ModelCalibration):
+    """Codebooks and thresholds of every layer of one model, checked."""
 
-    Attributes:
-        header: how it was made; fields in docs/calibration.md.
-        parts: (layer, kind) -> LayerCalibration.
-        model: fingerprint of the model it belongs to.
-        name: where it came from, for messages.
-    """
-
-    def __init__(
-        self, header: dict[str, Any], parts: Mapping[tuple[int, Kind], LayerCalibration], name: str = "calibration"
-    ) -> None:
-        """Checks the numbers; the fields of the header are those of files.check_header.
-
-        Raises:
-            CalibrationError: shapes, values that are not finite, centroids that do not ascend; layer and kind are
-                named.
-        """
-        self.header = header
-        self.parts = dict(parts)
-        self.model = ModelFingerprint.from_json(header["model"])
-        self.name = name
-        for (layer, kind), part in self.parts.items():
-            _check_part(part, f"{name}: layer {layer} {kind}s")
+    method: ClassVar[str] = "codebook"
+    schema: ClassVar[Schema] = CODEBOOKS
 
     @classmethod
-    def load(cls, path: str | Path) -> Calibration:
-        """Reads a file of `kvpack calibrate`, whoever wrote it; what it is called does not matter.
+    def check_part(cls, part: LayerCalibration, where: str) -> None:
+        """Refuses shapes, numbers that are not finite, centroids that do not ascend, thresholds that cross."""
+        _check_part(part, where)
 
-        Raises:
-            CalibrationError: no such file, a pickle, another version, torn, or numbers that cannot be.
-        """
-        from kvpack.calibrate.files import load_calibration
+    @classmethod
+    def tensors_of(cls, part: LayerCalibration) -> dict[str, np.ndarray]:
+        """`lower`, `upper`, and per width `codebookB` and `normB`."""
+        tensors = {"lower": part.lower, "upper": part.upper}
+        tensors |= {f"codebook{bits}": codebook for bits, codebook in part.codebooks.items()}
+        return tensors | {f"norm{bits}": norm for bits, norm in part.norms.items()}
 
-        return load_calibration(path)
+    @classmethod
+    def expected_tensors(cls, header: dict[str, Any]) -> dict[str, TensorForm]:
+        """Types and shapes of tensors_of."""
+        expected: dict[str, TensorForm] = {end: ("F16", (None,)) for end in ("lower", "upper")}
+        expected |= {f"codebook{bits}": ("F32", (2**bits,)) for bits in header["bits"]}
+        return expected | {f"norm{bits}": ("F32", (2,)) for bits in header["bits"]}
 
-    def save(self, path: str | Path) -> None:
-        """Writes the file; equal calibrations make equal bytes.
-
-        Raises:
-            CalibrationError: it cannot be written.
-        """
-        from kvpack.calibrate.files import save_calibration
-
-        save_calibration(self, path)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers, ascending."""
-        return tuple(sorted({layer for layer, _ in self.parts}))
+    @classmethod
+    def part_of(cls, read: Callable[[str], np.ndarray], header: dict[str, Any]) -> LayerCalibration:
+        """A part from its tensors."""
+        return LayerCalibration(
+            lower=read("lower"),
+            upper=read("upper"),
+            codebooks={width: read(f"codebook{width}") for width in header["bits"]},
+            norms={width: read(f"norm{width}") for width in header["bits"]},
+        )
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -107,18 +84,13 @@ class Calibration:
         """Share of each vector that the thresholds leave outside, half at each end."""
         return float(self.header["outlier_fraction"])
 
-    @property
-    def sink(self) -> int:
-        """First tokens of every sample that were left out of everything."""
-        return int(self.header["sink"])
-
     def codebook(self, layer: int, kind: Kind, bits: int) -> np.ndarray:
         """The centroids of one layer and kind: float32 [2^bits], ascending, in normalised units within [-1, 1].
 
         Raises:
             CalibrationError: the layer or the bit width is missing; the message lists those there are.
         """
-        return self._for_bits(self._part(layer, kind).codebooks, layer, kind, bits)
+        return self._for_bits(self.part(layer, kind).codebooks, layer, kind, bits)
 
     def norm(self, layer: int, kind: Kind, bits: int) -> tuple[float, float]:
         """Q-Norm of a codebook: a centroid c stands for c * scale + offset.
@@ -126,7 +98,7 @@ class Calibration:
         Raises:
             CalibrationError: as codebook.
         """
-        scale, offset = self._for_bits(self._part(layer, kind).norms, layer, kind, bits)
+        scale, offset = self._for_bits(self.part(layer, kind).norms, layer, kind, bits)
         return float(scale), float(offset)
 
     def thresholds(self, layer: int, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
@@ -135,17 +107,8 @@ class Calibration:
         Raises:
             CalibrationError: the layer is missing.
         """
-        part = self._part(layer, kind)
+        part = self.part(layer, kind)
         return part.lower.astype(np.float32), part.upper.astype(np.float32)
-
-    def used_tokens(self, sha256: str) -> tuple[int, int] | None:
-        """The span [first, last) of tokens of a text that calibration has seen; None for a text it does not know.
-
-        Args:
-            sha256: as kvpack.evaluate.texts.Text.sha256.
-        """
-        spans = [text["tokens_used"] for text in self.header["texts"] if text["sha256"] == sha256]
-        return (spans[0][0], spans[0][1]) if spans else None
 
     def require(self, bits: int, layers: Any = None) -> None:
         """Refuses a calibration that lacks a bit width, or layers; cheap, for checks before weights are loaded.
@@ -159,44 +122,12 @@ class Calibration:
         """
         wanted = set(range(self.model.num_layers) if layers is None else layers)
         if missing := sorted(wanted - set(self.layers)):
-            raise CalibrationError(f"{self.name} lacks layers {_spans(missing)}; it has {_spans(self.layers)}")
+            raise CalibrationError(
+                f"{self.name} lacks layers {layer_spans(missing)}; it has {layer_spans(self.layers)}"
+            )
         for layer in wanted:
             for kind in KINDS:
                 self.codebook(layer, kind, bits)
-
-    def check_model(self, model: Any) -> None:
-        """Refuses a model that this calibration was not made for.
-
-        Args:
-            model: the transformers model, on any device and in any type.
-
-        Raises:
-            CalibrationError: the message shows both sides of everything that differs.
-        """
-        self.check_fingerprint(ModelFingerprint.of(model))
-        from kvpack.models.layers import find_attention_layers
-
-        for layer in find_attention_layers(model):
-            for kind, name in zip(KINDS, ("k_proj", "v_proj"), strict=True):
-                found = getattr(getattr(layer.module, name), "out_features", None)
-                if found is not None and found != self._part(layer.index, kind).channels:
-                    raise CalibrationError(
-                        f"{self.name} has {self._part(layer.index, kind).channels} channels for the {kind}s of layer "
-                        f"{layer.index}; the model has {found}"
-                    )
-
-    def check_fingerprint(self, found: ModelFingerprint) -> None:
-        """As check_model, for a fingerprint taken before."""
-        if differences := self.model.differences(found):
-            raise CalibrationError(
-                f"{self.name} belongs to another model: {'; '.join(differences)}. Recalibrate with kvpack calibrate"
-            )
-
-    def _part(self, layer: int, kind: Kind) -> LayerCalibration:
-        check_choice("kind", kind, KINDS)
-        if (layer, kind) not in self.parts:
-            raise CalibrationError(f"{self.name} has no {kind}s of layer {layer}; it has layers {_spans(self.layers)}")
-        return self.parts[layer, kind]
 
     def _for_bits(self, found: dict[int, np.ndarray], layer: int, kind: Kind, bits: int) -> np.ndarray:
         if bits not in found:
@@ -212,7 +143,7 @@ def _check_part(part: LayerCalibration, where: str) -> None:
     if lower.ndim != 1 or lower.shape != upper.shape or lower.size == 0:
         raise CalibrationError(f"{where}: lower has shape {lower.shape}, upper {upper.shape}; expected [channels] each")
     for name, values in (("lower", lower), ("upper", upper)):
-        _check_finite(values, f"{where}: {name}")
+        check_finite(values, f"{where}: {name}")
     if (lower > upper).any():
         channel = int(np.argmax(lower > upper))
         raise CalibrationError(
@@ -223,13 +154,13 @@ def _check_part(part: LayerCalibration, where: str) -> None:
         norm = part.norms[bits]
         if norm.shape != (2,):
             raise CalibrationError(f"{where}: norm of {bits} bits has shape {norm.shape}; expected scale and offset")
-        _check_finite(norm, f"{where}: norm of {bits} bits")
+        check_finite(norm, f"{where}: norm of {bits} bits")
 
 
 def _check_codebook(codebook: np.ndarray, bits: int, where: str) -> None:
     if codebook.shape != (2**bits,):
         raise CalibrationError(f"{where} has shape {codebook.shape}; expected ({2**bits},)")
-    _check_finite(codebook, where)
+    check_finite(codebook, where)
     if (np.diff(codebook) <= 0).any():
         index = int(np.argmax(np.diff(codebook) <= 0))
         raise CalibrationError(
@@ -238,21 +169,3 @@ def _check_codebook(codebook: np.ndarray, bits: int, where: str) -> None:
         )
     if codebook[0] < -1 or codebook[-1] > 1:
         raise CalibrationError(f"{where} spans {codebook[0]:g} to {codebook[-1]:g}; normalised values lie in -1 to 1")
-
-
-def _check_finite(values: np.ndarray, where: str) -> None:
-    bad = ~np.isfinite(values)
-    if bad.any():
-        index = int(np.argmax(bad))
-        raise CalibrationError(f"{where}: element {index} is {values[index]}; expected finite numbers")
-
-
-def _spans(layers: Any) -> str:
-    """Layer numbers as 0-3, 7."""
-    spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and spans[-1][1] == layer - 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans) or "none"

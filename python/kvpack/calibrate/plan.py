@@ -8,18 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from kvpack.calibrate.calibration import CODEBOOK_BITS, Calibration, CalibrationError
-from kvpack.calibrate.files import SCHEMA, VERSION, WEIGHTINGS
+from kvpack.calibrate.base import CalibrationError, ModelCalibration
+from kvpack.calibrate.files import load_any_calibration
+from kvpack.calibrate.recipes import AUTO, Recipe, recipes
 from kvpack.calibrate.samples import choose_samples, share_samples
 from kvpack.calibrate.spool import Spool, partial_path
 from kvpack.evaluate import results, texts
 from kvpack.evaluate.listener import Listener
 from kvpack.methods import check_choice, check_int
 from kvpack.models import load
-from kvpack.uniform import normal_fraction
-
-AUTO = "auto"
-"""Fisher weights where a backward pass fits into memory, else query weights."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +26,20 @@ class Request:
     Attributes:
         model: folder, GGUF file or name on the hub.
         output: the file to write.
+        method: codebook (nuq, +calibrated) or klt (transform coding); each reads its own options of those below.
         text_files: UTF-8 files.
-        datasets: names of texts.list_datasets; pydoc when this and text_files are empty.
+        datasets: names of texts.list_datasets; the method's own choice when this and text_files are empty.
         nsamples: windows, over all texts together.
         seqlen: tokens of a window.
         bits: widths of codebooks, out of CODEBOOK_BITS.
         outlier_fraction: share of each vector outside the thresholds, half at each end.
         sink: this many first tokens of every sample are left out.
-        weights: auto, fisher, query or none: what an element's squared error weighs.
+        weights: what a squared error weighs: auto, fisher (gradients), and without them query or none (codebook), noise
+            (klt).
         times_half_range: weigh errors as they come back; False is what published tools do (`--compat`).
+        blocks: klt: heads of a block, 0 for all of a layer; one transform is fitted for each size.
+        shrinkage: klt: how far Fisher matrices move towards their diagonals, 0 to 1.
+        rows: klt: at most so many tokens fit the codebooks of a layer.
         seed: decides which windows are drawn, and which query meets which key.
         whole_text: draw windows from all of a text instead of its first part.
         resume: go on with what an interrupted run left.
@@ -56,6 +58,10 @@ class Request:
     sink: int = 0
     weights: str = AUTO
     times_half_range: bool = True
+    blocks: tuple[int, ...] = (0, 1)
+    shrinkage: float = 0.0
+    rows: int = 16384
+    method: str = "codebook"
     seed: int = 0
     whole_text: bool = False
     resume: bool = False
@@ -71,6 +77,7 @@ class Plan:
         request: as given.
         files, tokenizer, dtype, device: the model but for its weights.
         samples: int64 [nsamples, seqlen].
+        recipe: of the method.
         header: of the file to be, but for what the weights say (`model`, `layers`, and `weights` where it is auto).
         output: where the file goes.
         finished: the file that is there already and needs nothing more; only with resume.
@@ -83,9 +90,10 @@ class Plan:
     dtype: str
     device: str
     samples: np.ndarray
+    recipe: Recipe
     header: dict[str, Any]
     output: Path
-    finished: Calibration | None
+    finished: ModelCalibration | None
     spool: Spool | None
 
 
@@ -96,8 +104,8 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
         ValueError: bad input; the message shows both values or what to do instead.
     """
     listener = listener or Listener()
-    bits = _check_numbers(request)
-    names = texts.choose_datasets(request.datasets, request.text_files)
+    recipe = _checked_recipe(request)
+    names = texts.choose_datasets(request.datasets, request.text_files, recipe.datasets)
     output, existing = _checked_output(request, listener)
     own_texts = texts.read_text_files(request.text_files)
     listener.stage("looking for the model")
@@ -111,37 +119,34 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
     tokenizer = load.load_tokenizer(files)
     listener.stage("tokenising")
     samples, described = _draw(all_texts, tokenizer, request)
-    header = _header(request, files, bits, dtype, device, described)
-    plan = Plan(request, files, tokenizer, dtype, device, samples, header, output, None, None)
+    header = _header(request, files, recipe, dtype, device, described)
+    plan = Plan(request, files, tokenizer, dtype, device, samples, recipe, header, output, None, None)
     if request.resume:
         _resume(plan, existing, listener)
     return plan
 
 
-def _check_numbers(request: Request) -> list[int]:
-    """Returns the widths in order, each once."""
+def _checked_recipe(request: Request) -> Recipe:
+    """The recipe of the method, once every number of the request can be."""
+    known = recipes()
+    check_choice("method", request.method, tuple(known))
     check_int("nsamples", request.nsamples, 1, 2**20)
     check_int("seqlen", request.seqlen, 2, 2**24)
     check_int("seed", request.seed, 0, 2**63 - 1)
     check_int("sink", request.sink, 0, request.seqlen - 1)
-    check_choice("weights", request.weights, (AUTO, *WEIGHTINGS))
     check_choice("dtype", request.dtype, load.DTYPES)
     check_choice("device", request.device, load.DEVICES)
-    if not request.bits:
-        raise ValueError(f"no bits given; a codebook has {', '.join(map(str, CODEBOOK_BITS))} bits")
-    for bits in request.bits:
-        check_choice("bits", bits, CODEBOOK_BITS)
-    normal_fraction(request.outlier_fraction)
-    return sorted(set(request.bits))
+    known[request.method].check(request)
+    return known[request.method]
 
 
-def _checked_output(request: Request, listener: Listener) -> tuple[Path, Calibration | None]:
+def _checked_output(request: Request, listener: Listener) -> tuple[Path, ModelCalibration | None]:
     """The path, and the calibration that lies there."""
     output = results.check_writable(request.output, "calibration")
     existing = None
     if output.exists() and output.stat().st_size:
         try:
-            existing = Calibration.load(output)
+            existing = load_any_calibration(output)
         except CalibrationError as error:
             raise CalibrationError(f"{error}. Not overwritten: give another -o FILE, or delete it") from error
     unfinished = partial_path(output)
@@ -174,37 +179,34 @@ def _draw(all_texts: list[texts.Text], tokenizer: Any, request: Request) -> tupl
 
 
 def _header(
-    request: Request, files: load.ModelFiles, bits: list[int], dtype: str, device: str, described: list[dict[str, Any]]
+    request: Request, files: load.ModelFiles, recipe: Recipe, dtype: str, device: str, described: list[dict[str, Any]]
 ) -> dict[str, Any]:
     import kvpack
 
     header = {
-        "schema": SCHEMA,
-        "version": VERSION,
+        "schema": recipe.calibration.schema.name,
+        "version": recipe.calibration.schema.version,
         "kvpack": kvpack.__version__,
         "model_name": files.name,
-        "bits": bits,
-        "outlier_fraction": float(request.outlier_fraction),
-        "sink": request.sink,
-        "times_half_range": request.times_half_range,
+        "sink": recipe.sink(request),
         "nsamples": request.nsamples,
         "seqlen": request.seqlen,
         "seed": request.seed,
         "dtype": dtype,
         "device": device,
         "texts": described,
-    }
+    } | recipe.header_fields(request)
     return header if request.weights == AUTO else header | {"weights": request.weights}
 
 
-def _resume(plan: Plan, existing: Calibration | None, listener: Listener) -> None:
+def _resume(plan: Plan, existing: ModelCalibration | None, listener: Listener) -> None:
     """Finds out what there is to go on with."""
     folder = partial_path(plan.output)
     if folder.is_dir():
         plan.spool = Spool.reopen(folder)
         plan.spool.check_settings(plan.header)
         listener.note(f"resuming {folder}: {plan.spool.samples_done} of {plan.request.nsamples} samples are done")
-    elif existing is not None and all(existing.header[name] == value for name, value in plan.header.items()):
+    elif existing is not None and all(existing.header.get(name) == value for name, value in plan.header.items()):
         plan.finished = existing
     else:
         listener.note(f"nothing to resume: {folder} does not exist")

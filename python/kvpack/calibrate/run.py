@@ -1,4 +1,4 @@
-"""Calibrates what a plan asks for: all samples through the model, then layer by layer from disk to codebooks.
+"""Calibrates what a plan asks for: all samples through the model, then layer by layer from disk into the file.
 
 One forward pass per sample serves all layers, whose keys and values wait in the spool: passes over the model cost
 minutes, the disk seconds. Memory holds the model and one layer's keys or values. Prints nothing: a listener hears what
@@ -10,11 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from kvpack.calibrate.calibration import Calibration, LayerCalibration
+from kvpack.calibrate.base import ModelCalibration
 from kvpack.calibrate.fingerprint import ModelFingerprint
-from kvpack.calibrate.plan import AUTO, Plan, Request, prepare
+from kvpack.calibrate.plan import Plan, Request, prepare
+from kvpack.calibrate.recipes import AUTO
 from kvpack.evaluate.listener import Listener
 from kvpack.evaluate.machine import available_memory_bytes
 from kvpack.methods import Kind
@@ -31,7 +30,7 @@ _SAMPLE_STEPS = 10
 time that is left. With its backward pass three times that."""
 
 
-def run(plan: Plan, listener: Listener | None = None) -> Calibration:
+def run(plan: Plan, listener: Listener | None = None) -> ModelCalibration:
     """Calibrates, keeping every sample and every layer on disk as soon as it is done, and writes the file.
 
     Raises:
@@ -54,8 +53,8 @@ def run(plan: Plan, listener: Listener | None = None) -> Calibration:
     else:
         spool = plan.spool
         spool.check_settings(header)
-    parts = _calibrate(plan, loaded.model, spool, header, listener)
-    calibration = Calibration(header, parts, str(plan.output))
+    parts = _calibrate(plan, loaded, spool, header, listener)
+    calibration = plan.recipe.calibration(header, parts, str(plan.output))
     calibration.save(plan.output)
     spool.remove()
     return calibration
@@ -66,6 +65,7 @@ def _complete_header(plan: Plan, loaded: load.LoadedModel, listener: Listener) -
 
     layers = [layer.index for layer in find_attention_layers(loaded.model)]
     header = {**plan.header, "model": ModelFingerprint.of(loaded.model).to_json(), "layers": layers}
+    header |= plan.recipe.fields_of_model(plan.request, loaded)
     if plan.request.weights == AUTO:
         header["weights"] = (
             _choose_weights(plan, loaded, listener) if plan.spool is None else plan.spool.settings["weights"]
@@ -80,25 +80,26 @@ def _choose_weights(plan: Plan, loaded: load.LoadedModel, listener: Listener) ->
     available = available_memory_bytes(plan.device)
     if needed <= _MEMORY_SHARE * available:
         return "fisher"
+    instead = plan.recipe.without_gradients
     listener.note(
-        f"query weights instead of fisher: gradients take about {needed / 2**30:.0f} GiB, and "
+        f"{instead} weights instead of fisher: gradients take about {needed / 2**30:.0f} GiB, and "
         f"{available / 2**30:.0f} GiB are free (--weights fisher tries it anyway)"
     )
-    return "query"
+    return instead
 
 
 def _check_disk(plan: Plan, loaded: load.LoadedModel, header: dict[str, Any]) -> None:
     from kvpack.calibrate.spool import check_free_space
 
-    rows = plan.request.nsamples * (plan.request.seqlen - plan.request.sink)
+    rows = plan.request.nsamples * (plan.request.seqlen - header["sink"])
     channels = loaded.kv_heads * loaded.head_dim * 2 * len(header["layers"])
     copies = 2 if header["weights"] == "fisher" else 1
     check_free_space(plan.output.resolve().parent, rows * channels * copies * loaded.model.dtype.itemsize)
 
 
 def _calibrate(
-    plan: Plan, model: Any, spool: Spool, header: dict[str, Any], listener: Listener
-) -> dict[tuple[int, Kind], LayerCalibration]:
+    plan: Plan, loaded: load.LoadedModel, spool: Spool, header: dict[str, Any], listener: Listener
+) -> dict[tuple[int, Kind], Any]:
     from kvpack.calibrate.collect import Collector
     from kvpack.calibrate.spool import layers_and_kinds
 
@@ -106,15 +107,22 @@ def _calibrate(
     parts = {part: spool.load_fitted(*part) for part in todo}
     pending = [part for part in todo if parts[part] is None]
     per_sample = _SAMPLE_STEPS * (3 if header["weights"] == "fisher" else 1)
-    listener.begin((plan.request.nsamples - spool.samples_done) * per_sample + len(pending), "steps")
-    with Collector(model, header["weights"], sink=header["sink"], seed=header["seed"]) as collector:
+    steps = (plan.request.nsamples - spool.samples_done) * per_sample + len(pending)
+    listener.begin(steps + plan.recipe.extra_steps(header, spool), "steps")
+    collects = plan.recipe.collects(header["weights"])
+    with Collector(loaded.model, collects, sink=header["sink"], seed=header["seed"]) as collector:
         _collect(plan, collector, spool, listener, per_sample)
+    if pending:
+        plan.recipe.go_further(plan, loaded, spool, header, listener)
     for layer, kind in pending:
         listener.step(f"layer {layer} {kind}s")
-        parts[layer, kind] = _fit(layer, kind, model, spool, header)
+        try:
+            parts[layer, kind] = plan.recipe.fit(layer, kind, loaded, spool, header)
+        except ValueError as error:
+            raise ValueError(f"layer {layer} {kind}s: {error}") from error
         spool.save_fitted(layer, kind, parts[layer, kind])
         listener.advance(1)
-    return parts  # type: ignore[return-value]
+    return parts
 
 
 def _collect(plan: Plan, collector: Collector, spool: Spool, listener: Listener, per_sample: int) -> None:
@@ -132,38 +140,7 @@ def _collect(plan: Plan, collector: Collector, spool: Spool, listener: Listener,
         listener.advance(per_sample)
 
 
-def _fit(layer: int, kind: Kind, model: Any, spool: Spool, header: dict[str, Any]) -> LayerCalibration:
-    import torch
-
-    from kvpack.calibrate.fit import FitOptions, fit_layer
-
-    options = FitOptions(tuple(header["bits"]), header["outlier_fraction"], header["times_half_range"])
-    dtype = getattr(torch, header["dtype"])
-    gradients = channel_weights = None
-    if header["weights"] == "fisher":
-        gradients = spool.read_rows(layer, kind, "gradients", dtype)
-    elif header["weights"] == "query":
-        channel_weights = _query_weights(layer, kind, model, spool)
-    states = spool.read_rows(layer, kind, "states", dtype)
-    try:
-        return fit_layer(states, kind, options, gradients=gradients, channel_weights=channel_weights)
-    except ValueError as error:
-        raise ValueError(f"layer {layer} {kind}s: {error}") from error
-
-
-def _query_weights(layer: int, kind: Kind, model: Any, spool: Spool) -> np.ndarray:
-    import torch
-
-    from kvpack.calibrate.collect import value_weights
-    from kvpack.models.layers import find_attention_layers
-
-    if kind == "key":
-        return spool.read_rows(layer, kind, "squares", torch.float64).mean(dim=0).numpy()
-    found = next(found for found in find_attention_layers(model) if found.index == layer)
-    return value_weights(found).numpy()
-
-
-def calibrate(model: str, output: str | Path, **options: Any) -> Calibration:
+def calibrate(model: str, output: str | Path, **options: Any) -> ModelCalibration:
     """Calibrates a model and writes the file: prepare, then run.
 
     Args:

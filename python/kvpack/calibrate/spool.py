@@ -8,6 +8,7 @@ settings of the run in `settings.json` and the number of whole samples in `progr
     3.key.gradients   the same shape and type; Fisher weights only
     3.key.squares     float64 [samples, channels]; query weights of keys only
     3.key.fitted      a safetensors file with the result; the three above are gone then
+    noise.json        what injected noise did, as far as it is measured; noise weights only
 """
 
 from __future__ import annotations
@@ -21,17 +22,16 @@ from typing import Any, Literal
 
 import torch
 
-from kvpack.calibrate.calibration import KINDS, CalibrationError, LayerCalibration
-from kvpack.calibrate.files import WEIGHTINGS, part_from_bytes, part_to_bytes, write_file
+from kvpack.calibrate.base import KINDS, CalibrationError, ModelCalibration
+from kvpack.calibrate.files import CALIBRATIONS, part_from_bytes, part_to_bytes, write_file
 from kvpack.methods import Kind
 
 What = Literal["states", "gradients", "squares"]
 
 _OWN_NAME = re.compile(
-    r"settings\.json|progress\.json|\d+\.(key|value)\.(states|gradients|squares|fitted)|\..*\.json\..*"
+    r"(settings|progress|noise)\.json|\d+\.(key|value)\.(states|gradients|squares|fitted)|\..*\.json\..*"
 )
 _SLACK_BYTES = 64 << 20
-_AUTO_FIELDS = ("weights",)
 
 
 class Spool:
@@ -75,7 +75,7 @@ class Spool:
         try:
             settings = json.loads((path / "settings.json").read_text(encoding="utf-8"))
             samples = json.loads((path / "progress.json").read_text(encoding="utf-8"))["samples"]
-            if not isinstance(settings, dict) or type(samples) is not int or settings["weights"] not in WEIGHTINGS:
+            if not isinstance(settings, dict) or type(samples) is not int or not _is_known(settings):
                 raise ValueError("settings.json or progress.json is not as it was written")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"{path} cannot be resumed: {error}; delete it, or run without --resume") from error
@@ -130,13 +130,13 @@ class Spool:
             raise CalibrationError(f"{path} has {size} bytes, which are not {rows} rows; run without --resume")
         return torch.from_file(str(path), size=elements, dtype=dtype).view(rows, -1)
 
-    def save_fitted(self, layer: int, kind: Kind, part: LayerCalibration) -> None:
+    def save_fitted(self, layer: int, kind: Kind, part: Any) -> None:
         """Keeps the result of a layer and kind, and drops its samples."""
-        write_file(self._file(layer, kind, "fitted"), part_to_bytes(part), "result")
+        write_file(self._file(layer, kind, "fitted"), part_to_bytes(self.calibration, part), "result")
         for what in ("states", "gradients", "squares"):
             self._file(layer, kind, what).unlink(missing_ok=True)
 
-    def load_fitted(self, layer: int, kind: Kind) -> LayerCalibration | None:
+    def load_fitted(self, layer: int, kind: Kind) -> Any | None:
         """The result that save_fitted kept, None where there is none.
 
         Raises:
@@ -145,17 +145,43 @@ class Spool:
         path = self._file(layer, kind, "fitted")
         if not path.exists():
             return None
-        return part_from_bytes(path.read_bytes(), self.settings["bits"], str(path))
+        return part_from_bytes(self.calibration, path.read_bytes(), self.settings, str(path))
+
+    def save_numbers(self, name: str, numbers: dict[str, Any]) -> None:
+        """Keeps numbers of a part of the run that has no rows, whole or not at all."""
+        self._write_json(f"{name}.json", numbers)
+
+    def load_numbers(self, name: str) -> dict[str, Any]:
+        """What save_numbers kept; empty where there is nothing.
+
+        Raises:
+            CalibrationError: the file is torn.
+        """
+        path = self.path / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise CalibrationError(f"{path} cannot be resumed: {error}; delete it, or run without --resume") from error
 
     def remove(self) -> None:
         """Deletes the folder; the run is complete."""
         remove_folder(self.path)
+
+    @property
+    def calibration(self) -> type[ModelCalibration]:
+        """What the run makes."""
+        return next(cls for cls in CALIBRATIONS.values() if cls.schema.name == self.settings["schema"])
 
     def _file(self, layer: int, kind: Kind, what: str) -> Path:
         return self.path / f"{layer}.{kind}.{what}"
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_file(self.path / name, json.dumps(content).encode(), "progress")
+
+
+def _is_known(settings: dict[str, Any]) -> bool:
+    schema = next((cls.schema for cls in CALIBRATIONS.values() if cls.schema.name == settings["schema"]), None)
+    return schema is not None and settings["weights"] in schema.weightings
 
 
 def partial_path(output: Path) -> Path:

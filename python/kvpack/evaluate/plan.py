@@ -25,13 +25,9 @@ from kvpack.models import load
 from kvpack.policy import Policy, parse_policy
 
 if TYPE_CHECKING:
-    from kvpack.calibrate import Calibration
+    from kvpack.calibrate import ModelCalibration
 
 REFERENCE_POLICY = "fp16"
-_CALIBRATION_FIELDS = (
-    "model_name", "bits", "outlier_fraction", "sink", "weights", "times_half_range", "nsamples", "seqlen", "seed",
-    "texts",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ class Plan:
     report_path: Path | None
     seconds: dict[str, float]
     started: float
-    calibration: Calibration | None = None
+    calibration: ModelCalibration | None = None
 
     @property
     def policy_order(self) -> list[str]:
@@ -187,7 +183,7 @@ def _check_numbers(request: Request) -> None:
             raise ValueError(f"{name} is {value!r}; it is one of {', '.join(known)}")
 
 
-def _read_calibration(request: Request, policies: list[Policy], listener: Listener) -> Calibration | None:
+def _read_calibration(request: Request, policies: list[Policy], listener: Listener) -> ModelCalibration | None:
     """The calibration, when it has all that the policies read; whether it fits the weights is seen later."""
     calibration = as_calibration(request.calibration)
     for policy in policies:
@@ -197,15 +193,14 @@ def _read_calibration(request: Request, policies: list[Policy], listener: Listen
     return calibration
 
 
-def _describe_calibration(request: Request, calibration: Calibration) -> dict[str, Any]:
+def _describe_calibration(request: Request, calibration: ModelCalibration) -> dict[str, Any]:
     content = Path(str(request.calibration)).expanduser().read_bytes()
-    return {"name": Path(str(request.calibration)).name, "sha256": hashlib.sha256(content).hexdigest()} | {
-        name: calibration.header[name] for name in _CALIBRATION_FIELDS
-    }
+    digest = hashlib.sha256(content).hexdigest()
+    return {"name": Path(str(request.calibration)).name, "sha256": digest} | calibration.settings()
 
 
 def _note_seen_tokens(
-    calibration: Calibration, datasets: list[dict[str, Any]], request: Request, listener: Listener
+    calibration: ModelCalibration, datasets: list[dict[str, Any]], request: Request, listener: Listener
 ) -> None:
     """Says so when a text is measured where it was calibrated, which flatters codebooks."""
     for dataset in datasets:

@@ -15,6 +15,7 @@ from kvpack.evaluate.bootstrap import paired_interval, perplexity
 from kvpack.evaluate.listener import Listener
 from kvpack.evaluate.machine import available_memory_bytes
 from kvpack.evaluate.plan import REFERENCE_POLICY, Plan, Request, clock, prepare
+from kvpack.klt_methods import describe_tables
 from kvpack.models import load
 from kvpack.policy import Policy, parse_policy
 
@@ -140,7 +141,7 @@ def _row(plan: Plan, policy: Policy | None, dataset: str, scores: Any) -> dict[s
     return {
         "policy": _name(policy),
         "dataset": dataset,
-        "mode": "oracle" if policy is None else policy.mode,
+        "mode": "oracle" if policy is None else policy.shown_mode,
         "ppl": perplexity(nll),
         "ppl_delta": perplexity(nll) - perplexity(reference),
         "ppl_delta_low": low,
@@ -155,6 +156,7 @@ def _row(plan: Plan, policy: Policy | None, dataset: str, scores: Any) -> dict[s
         "policy_json": (parse_policy(REFERENCE_POLICY) if policy is None else policy).to_json(),
         "layer_errors": scores.errors.of_tensors(),
         "attention_errors": scores.errors.of_attention(),
+        **({} if policy is None else describe_tables(policy, plan.calibration)),
         "seconds": {name: round(getattr(scores.seconds, name), 3) for name in ("total", "model", "kvpack", "metrics")},
     }
 

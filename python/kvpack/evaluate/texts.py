@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kvpack.evaluate.local_texts import LOCAL_SOURCES
 from kvpack.models.hub import HubEntryMissing, HubUnreachable, require_on_hub
 from kvpack.models.load import quiet_libraries
 
@@ -79,8 +80,8 @@ _HUB_SOURCES = {
 
 def list_datasets() -> dict[str, str]:
     """Names that load_text knows, each with one line of description."""
-    described = {name: source.description for name, source in _HUB_SOURCES.items()}
-    return {"pydoc": "CPython's own reference prose (pydoc_data.topics), on every machine"} | described
+    sources: dict[str, Any] = {**LOCAL_SOURCES, **_HUB_SOURCES}
+    return {name: source.description for name, source in sources.items()}
 
 
 def check_dataset_name(name: str) -> None:
@@ -96,13 +97,15 @@ def check_dataset_name(name: str) -> None:
         raise TextError(f"unknown dataset {name!r}{meant} Known are {', '.join(known)}; --text FILE takes any text")
 
 
-def choose_datasets(names: Iterable[str], text_files: Sequence[str | Path]) -> list[str]:
-    """The datasets to load, each once; pydoc where neither one nor a text file is named.
+def choose_datasets(
+    names: Iterable[str], text_files: Sequence[str | Path], usual: Sequence[str] = ("pydoc",)
+) -> list[str]:
+    """The datasets to load, each once; the usual ones where neither one nor a text file is named.
 
     Raises:
         TextError: an unknown one, before anything is read.
     """
-    chosen = list(dict.fromkeys(names)) or ([] if text_files else ["pydoc"])
+    chosen = list(dict.fromkeys(names)) or ([] if text_files else list(usual))
     for name in chosen:
         check_dataset_name(name)
     return chosen
@@ -115,8 +118,11 @@ def load_text(name: str) -> Text:
         TextError: unknown, or `datasets` is not installed, or the hub cannot be reached and has it not cached.
     """
     check_dataset_name(name)
-    if name == "pydoc":
-        return Text(name, _pydoc_text())
+    if name in LOCAL_SOURCES:
+        content = LOCAL_SOURCES[name].content()
+        if not content:
+            raise TextError(f"this machine has no {LOCAL_SOURCES[name].description}. {_INSTEAD}")
+        return Text(name, content)
     source = _HUB_SOURCES[name]
     if importlib.util.find_spec("datasets") is None:
         raise TextError(f"dataset {name} needs the datasets library: pip install datasets. {_INSTEAD}")
@@ -133,12 +139,6 @@ def load_text(name: str) -> Text:
         reason = unreachable or f"{type(error).__name__}: {error}"
         raise TextError(f"dataset {name} ({source.repository}) cannot be had: {reason}. {_INSTEAD}") from error
     return Text(name, source.separator.join(rows))
-
-
-def _pydoc_text() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[key] for key in sorted(topics))
 
 
 def _hub_rows(source: _HubSource, *, offline: bool) -> list[str]:

@@ -1,0 +1,184 @@
+"""From one layer's keys or values and their gradients to a transform: statistics, basis, codebooks, distortions.
+
+Sums are taken in float64, chunk by chunk; eigenvectors are torch's; codebooks are kvpack.klt_fit, in C++. The method is
+docs/klt.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvpack.calibrate.base import CalibrationError
+from kvpack.calibrate.klt_calibration import GRID_LEVELS, LEVELS, KltBlocks, LayerKlt
+
+_CHUNK_TOKENS = 4096
+_FISHER_RIDGE = 1e-3
+_COVARIANCE_RIDGE = 1e-7
+"""Of the mean of the diagonal: directions that no token had get a variance, a small one, so that no scale is 0."""
+SCALE_SHARE = 0.02
+"""Coefficients whose variance is at least this share of the largest one say how large a token is."""
+
+
+@dataclass(frozen=True)
+class KltFitOptions:
+    """How transforms are fitted.
+
+    Attributes:
+        head_dim: channels of a head.
+        blocks: heads of a block, one transform for each size.
+        shrinkage: how far the Fisher matrix moves towards its diagonal, 0 to 1.
+        rows: at most this many tokens fit the codebooks.
+        seed: decides which.
+    """
+
+    head_dim: int
+    blocks: tuple[int, ...]
+    shrinkage: float
+    rows: int
+    seed: int
+
+
+def fit_klt_layer(
+    states: torch.Tensor, options: KltFitOptions, *, gradients: torch.Tensor | None = None, weight: float = 1.0
+) -> LayerKlt:
+    """Fits the transforms of the keys or the values of one layer.
+
+    Args:
+        states: [tokens, channels] on the CPU, any floating type, without protected tokens.
+        options: how.
+        gradients: shape and type of states; of the summed loss. None: every channel weighs the same.
+        weight: without gradients, what a squared error of a channel adds to a token's loss, twice.
+
+    Raises:
+        CalibrationError: fewer than 2 tokens; numbers that are not finite or too large for float32.
+    """
+    if len(states) < 2:
+        raise CalibrationError(f"{len(states)} tokens; a covariance needs at least 2")
+    mean = _sum_over(states, lambda chunk: chunk.sum(dim=0)) / len(states)
+    covariance = _sum_over(states, lambda chunk: (chunk - mean).T @ (chunk - mean)) / len(states)
+    if gradients is None:
+        fisher = torch.eye(len(mean), dtype=torch.float64) * weight
+    else:
+        fisher = _sum_over(gradients, lambda chunk: chunk.T @ chunk) / len(gradients)
+    for name, matrix in (("states", covariance), ("gradients", fisher)):
+        if not bool(torch.isfinite(matrix).all()):
+            raise CalibrationError(f"the squares of {name} are not finite; their largest is beyond what floats hold")
+    importance = fisher.diagonal().clone()
+    fisher = (1 - options.shrinkage) * fisher + options.shrinkage * torch.diag(importance)
+    sample = _sample_of(states, options)
+    blocks = {heads: _fit_blocks(sample, mean, covariance, fisher, heads, options) for heads in options.blocks}
+    return LayerKlt(_float32(mean), _float32(covariance.diagonal()), _float32(importance), blocks)
+
+
+def _sum_over(rows: torch.Tensor, part: object) -> torch.Tensor:
+    """The sum of part(chunk) over chunks of rows in float64: memory holds one chunk beside the matrix."""
+    total = None
+    for first in range(0, len(rows), _CHUNK_TOKENS):
+        value = part(rows[first : first + _CHUNK_TOKENS].double())  # type: ignore[operator]
+        total = value if total is None else total.add_(value)
+    return total  # type: ignore[return-value]
+
+
+def _sample_of(states: torch.Tensor, options: KltFitOptions) -> torch.Tensor:
+    if len(states) <= options.rows:
+        return states.double()
+    chosen = np.sort(np.random.default_rng(options.seed).permutation(len(states))[: options.rows])
+    return states[torch.from_numpy(chosen)].double()
+
+
+def _fit_blocks(
+    sample: torch.Tensor,
+    mean: torch.Tensor,
+    covariance: torch.Tensor,
+    fisher: torch.Tensor,
+    heads: int,
+    options: KltFitOptions,
+) -> KltBlocks:
+    size = heads * options.head_dim
+    bases, variances, codebooks = [], [], []
+    for first in range(0, len(mean), size):
+        part = slice(first, first + size)
+        basis, variance = decorrelate(covariance[part, part], fisher[part, part])
+        # As they will be stored, so that codebooks are fitted to what the stored basis makes.
+        basis = basis.float()
+        bases.append(basis)
+        variances.append(variance)
+        codebooks.append(_fit_codebooks((sample[:, part] - mean[part]) @ basis.double(), variance))
+    centroids, distortions, grids, grid_distortions = (np.concatenate(parts) for parts in zip(*codebooks, strict=True))
+    return KltBlocks(
+        basis=torch.stack(bases).numpy(),
+        variances=_float32(torch.cat(variances)),
+        codebooks=centroids,
+        distortions=distortions,
+        grids=grids,
+        grid_distortions=grid_distortions,
+    )
+
+
+def decorrelate(covariance: torch.Tensor, fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The basis in which coefficients are uncorrelated and errors of all of them weigh the same.
+
+    F = L L^T, L^T S L = U diag(variances) U^T, basis = L U; variances descend.
+
+    Args:
+        covariance, fisher: float64 [n, n]; singular ones too: both get a small multiple of the identity.
+
+    Returns:
+        basis float64 [n, n], variances float64 [n], above 0.
+    """
+    identity = torch.eye(len(fisher), dtype=torch.float64)
+    fisher = fisher + identity * max(_FISHER_RIDGE * float(fisher.diagonal().mean()), _TINY)
+    covariance = covariance + identity * max(_COVARIANCE_RIDGE * float(covariance.diagonal().mean()), _TINY)
+    # A matrix of gradients that are nearly all 0 can be too flat for Cholesky; its root by eigenvectors always exists.
+    values, vectors = torch.linalg.eigh(fisher)
+    root = vectors * values.clamp(min=_TINY).sqrt()
+    variances, rotation = torch.linalg.eigh(root.T @ covariance @ root)
+    variances = variances.flip(0).clamp(min=max(float(variances[-1]) * 1e-12, _TINY))
+    basis = root @ rotation.flip(1)
+    # The sign of an eigenvector is the library's whim.
+    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    return basis * torch.where(largest < 0, -1.0, 1.0), variances
+
+
+_TINY = 1e-30
+
+
+def in_scale(variances: np.ndarray) -> np.ndarray:
+    """Which coefficients of a block say how large a token is: bool, shape of variances."""
+    return variances >= SCALE_SHARE * variances.max()
+
+
+def scale_rows(y: torch.Tensor, variances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divides coefficients by their deviations and every row by its r, as the native rule does.
+
+    Returns:
+        z / r float64 [tokens, n]; r squared, float64 [tokens].
+    """
+    z = y / variances.sqrt()
+    counted = torch.from_numpy(in_scale(variances.numpy()))
+    r = z[:, counted].square().mean(dim=1, keepdim=True).sqrt().half().double()
+    return torch.where(r > 0, z / r.clamp(min=_TINY), 0.0), r.square()[:, 0]
+
+
+def _fit_codebooks(y: torch.Tensor, variances: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Centroids, distortions, grids and their distortions of one block, as KltBlocks holds them."""
+    from kvpack.klt_fit import calibrate_klt_codebooks, calibrate_klt_grids
+
+    units, squares = scale_rows(y, variances)
+    # r is part of the error. Half: the second order of the loss.
+    loss = (0.5 * variances * squares.mean()).numpy()[:, None]
+    z, weights = units.float().numpy(), squares.float().numpy()
+    codebooks = calibrate_klt_codebooks(z, LEVELS, weights)
+    grids = calibrate_klt_grids(z, GRID_LEVELS, weights)
+    pairs = np.stack((grids.offsets, grids.steps), axis=2)
+    return codebooks.centroids, codebooks.errors * loss, pairs, grids.errors * loss
+
+
+def _float32(values: torch.Tensor) -> np.ndarray:
+    result = values.float()
+    if not bool(torch.isfinite(result).all()):
+        raise CalibrationError(f"a statistic of {float(values.abs().max()):g} is beyond float32")
+    return result.numpy()
