@@ -157,6 +157,11 @@ def print_results(console: Console, document: dict[str, Any]) -> None:
             console.print(Text(f"calibration: {calibration['name']} (sha256 {calibration['sha256'][:12]})"))
         if tables := [f"{row['policy']} {row['table_bits']:.4f}" for row in rows if row.get("table_bits")]:
             console.print(Text(f"of the bits, codebooks and static ranges: {', '.join(tables)}"))
+        for row in rows:
+            if row.get("static_table_bytes"):
+                size = f"{row['static_table_bytes'] / 1e6:.1f} MB, as much as {row['static_table_tokens']:.0f} tokens"
+                text = f"{row['policy']}: static tables of {size} uncompressed, one copy for all sequences, not counted"
+                console.print(Text(text))
         if rows and dataset["segments"] == 1:
             console.print(Text("one segment: no interval can be given", style="yellow"))
         elif rows and dataset["segments"] < ROUGH_BELOW:
