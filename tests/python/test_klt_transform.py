@@ -1,4 +1,4 @@
-"""The transform that calibration fits: what its basis promises, what its distortions promise, and matrices that are bad."""
+"""The transform that calibration fits: what its basis and its distortions promise, and matrices that are bad."""
 
 from __future__ import annotations
 
@@ -39,27 +39,26 @@ def test_half_the_weighted_error_of_a_row_is_what_distortions_add_up_to() -> Non
     states, gradients = make_states(TOKENS, CHANNELS, 1), make_gradients(TOKENS, CHANNELS, 1)
     part = fit_klt_layer(states, OPTIONS, gradients=gradients)
     fisher = gradients.double().T @ gradients.double() / TOKENS
-    fisher += 1e-3 * fisher.diagonal().mean() * torch.eye(CHANNELS, dtype=torch.float64)
     rng = np.random.default_rng(3)
     for heads, known, grids in ((2, LEVELS, False), (2, GRID_LEVELS, True), (1, LEVELS, False)):
         blocks = part.blocks[heads]
         levels = np.sort(rng.choice([levels for levels in known if levels > 1], CHANNELS)).astype(np.int32)[::-1].copy()
         tables = make_tables(part.mean, blocks, levels, grids=grids)
         error = (simulate_klt(states, tables) - states).double()
-        weight = fisher.clone()
-        if heads == 1:
-            # Blocks know nothing of each other: the cross terms are not in their distortions.
-            weight = torch.block_diag(*(weighted(fisher, block) for block in range(2)))
+        # Blocks know nothing of each other: the cross terms are not in their distortions.
+        weight = torch.block_diag(*(with_ridge(block) for block in blocks_of(fisher, 8 * heads)))
         measured = 0.5 * torch.einsum("tc,cd,td->t", error, weight, error).mean()
         table = blocks.grid_distortions if grids else blocks.distortions
         expected = sum(table[row, known.index(count)] for row, count in enumerate(levels))
         assert float(measured) == pytest.approx(expected, rel=2e-3)
 
 
-def weighted(fisher: torch.Tensor, block: int) -> torch.Tensor:
-    """The block of one head, with the ridge of its own diagonal in the place of that of all."""
-    part = slice(8 * block, 8 * block + 8)
-    return fisher[part, part]
+def blocks_of(matrix: torch.Tensor, size: int) -> list[torch.Tensor]:
+    return [matrix[first : first + size, first : first + size] for first in range(0, len(matrix), size)]
+
+
+def with_ridge(fisher: torch.Tensor) -> torch.Tensor:
+    return fisher + 1e-3 * fisher.diagonal().mean() * torch.eye(len(fisher), dtype=torch.float64)
 
 
 def test_more_levels_leave_less_and_codebooks_less_than_grids() -> None:

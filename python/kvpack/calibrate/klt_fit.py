@@ -170,7 +170,9 @@ def _fit_codebooks(y: torch.Tensor, variances: torch.Tensor) -> tuple[np.ndarray
     units, squares = scale_rows(y, variances)
     # r is part of the error. Half: the second order of the loss.
     loss = (0.5 * variances * squares.mean()).numpy()[:, None]
-    z, weights = units.float().numpy(), squares.float().numpy()
+    z = units.float().numpy()
+    # Keys or values that never change have no r above 0, and nothing to fit.
+    weights = squares.float().numpy() if bool((squares > 0).any()) else None
     codebooks = calibrate_klt_codebooks(z, LEVELS, weights)
     grids = calibrate_klt_grids(z, GRID_LEVELS, weights)
     pairs = np.stack((grids.offsets, grids.steps), axis=2)
