@@ -405,3 +405,35 @@ def test_policies_that_are_cut_alike_keep_labels_of_their_own():
     names = ["int4", "mustafar-70-q2+window32;layers0=fp16", "mustafar-70-q2+window32;layers1=fp16"]
     short = short_names(names, 22)
     assert short["int4"] == "int4" and len(set(short.values())) == 3 and max(map(len, short.values())) <= 22
+
+
+def make_layer_numbers(name: str, layers: int = 4) -> list[dict]:
+    kinds = ("key", "value")
+    return [{"layer": layer, "kind": kind, name: 0.5 + layer} for layer in range(layers) for kind in kinds]
+
+
+def test_bits_and_sensitivities_of_layers_are_drawn_where_there_are_some():
+    row = make_row(
+        "klt-2.4+sink",
+        2.4,
+        0.7,
+        layer_bits=make_layer_numbers("bits"),
+        static_table_bytes=8.8e6,
+        static_table_tokens=382.0,
+    )
+    told = {"method": "klt", "blocks": [1, 3], "weights": "noise", "sensitivities": make_layer_numbers("sensitivity")}
+    page = render_report(make_results(make_row("fp16", 16, 0.0), row, calibration=told))
+    assert "Bits of the keys by layer" in page and "Bits of the values by layer" in page
+    assert "klt-2.4+sink 8.8 MB, as much as 382 tokens" in page
+    assert "How much each layer matters" in page and "All 4 layers, as numbers" in page
+    assert "transforms of 1, 3 heads, errors weigh injected noise" in page
+    without = render_report(make_results(make_row("fp16", 16, 0.0), make_row("int4", 4.1, 1.1)))
+    assert "Bits of the keys" not in without and "How much each layer matters" not in without
+
+
+@pytest.mark.parametrize("entry", [None, 3, "x", {}, {"layer": "nan", "bits": 2}, {"layer": 0, "bits": "inf"}])
+def test_numbers_of_layers_that_are_none_are_left_out(entry):
+    row = make_row("klt-2+sink", 2.0, 0.7, layer_bits=[entry], static_table_bytes="x")
+    told = {"sensitivities": [entry]}
+    page = render_report(make_results(make_row("fp16", 16, 0.0), row, calibration=told))
+    assert "Bits of the keys" not in page and "How much each layer matters" not in page

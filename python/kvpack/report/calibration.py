@@ -16,7 +16,10 @@ def describe_calibration(results: Mapping[str, Any]) -> Iterator[tuple[str, str]
         return
     parts = [str(calibration.get("name", "unnamed")), f"sha256 {calibration.get('sha256', 'unknown')}"]
     parts += [f"made for {calibration['model_name']}"] if calibration.get("model_name") else []
-    parts.append(f"codebooks of {', '.join(map(str, items(calibration.get('bits')))) or 'no'} bits")
+    if calibration.get("method") == "klt":
+        parts.append(f"transforms of {', '.join(map(str, items(calibration.get('blocks'))))} heads")
+    else:
+        parts.append(f"codebooks of {', '.join(map(str, items(calibration.get('bits')))) or 'no'} bits")
     parts.append(f"errors weigh {_weights(calibration)}")
     if (outliers := number(calibration.get("outlier_fraction"))) is not None:
         parts.append(f"{say(100 * outliers, 1)}\u00a0% outside the thresholds")
@@ -34,7 +37,12 @@ def describe_calibration(results: Mapping[str, Any]) -> Iterator[tuple[str, str]
 
 
 def _weights(calibration: Mapping[str, Any]) -> str:
-    names = {"fisher": "Fisher information", "query": "queries and o_proj", "none": "alike"}
+    names = {
+        "fisher": "Fisher information",
+        "query": "queries and o_proj",
+        "noise": "injected noise",
+        "none": "alike",
+    }
     weights = names.get(str(calibration.get("weights")), str(calibration.get("weights")))
     return weights + (" times squared half range" if calibration.get("times_half_range") else "")
 

@@ -10,7 +10,7 @@ from typing import Any
 from kvpack.files import write_whole
 from kvpack.report.calibration import describe_calibration, read_seen_tokens
 from kvpack.report.elements import escape, make_figure, make_grid, make_table
-from kvpack.report.layers import make_layer_part
+from kvpack.report.layers import make_layer_part, make_sensitivity_section
 from kvpack.report.plots import plot_against_bits
 from kvpack.report.rows import Row, check_schema, items, mapping, number, pareto_policies, read_rows
 from kvpack.report.style import STAND_INS, STYLE_SHEET
@@ -56,8 +56,8 @@ _TERMS = (
     ),
     (
         "calibrated",
-        "Key channels use static ranges and codebooks found on other text beforehand, as a decoder can have them; "
-        "statistics of values come from one token at a time.",
+        "Key channels use static ranges and codebooks (klt: keys and values static transforms) found on other text "
+        "beforehand, as a decoder can have them; other statistics come from one token at a time.",
     ),
 )
 
@@ -99,7 +99,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         body.append(_dataset_section(name, rows, indices, f"d{number_of}", results))
     if not sections:
         body.append("<p>This document has no rows yet.</p>")
-    body += [_settings_section(results), _terms_section(), "</main>"]
+    body += [make_sensitivity_section(results), _settings_section(results), _terms_section(), "</main>"]
     body.append("<footer>Made by kvpack from one results file. This page loads nothing from anywhere.</footer>")
     head = (
         '<meta charset="utf-8">\n'

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,16 +19,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from kvpack.report.labels import Box, place_labels
 from kvpack.report.rows import Row, pareto_policies
-from kvpack.report.style import NUM_SERIES_COLOURS, Theme, marker_of
+from kvpack.report.style import Theme, marker_of
 from kvpack.report.wording import power_of_ten, short_names
 
 WIDTH = 360
-_TEXT = 11.5
-_LABEL_LIMIT = 22
+TEXT = 11.5
+LABEL_LIMIT = 22
 _TOP = 24
 _LARGEST_DRAWN = 1e6
 _SMALLEST_SHARE_DRAWN = 1e-6
-_ERRORS_DRAWN = (1e-15, 1e6)
 _BITS_DRAWN = (0.01, 64.0)
 _BIT_TICKS = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32, 64)
 
@@ -94,7 +94,7 @@ def _points(rows: Sequence[Row], quantity: str) -> tuple[list[Point], Scale]:
     return points, scale
 
 
-def _decorate(axes: Axes, theme: Theme, title: str) -> None:
+def decorate(axes: Axes, theme: Theme, title: str) -> None:
     """Axes without a box: a quiet grid, a title instead of a turned label."""
     axes.set_facecolor("none")
     for side in ("top", "right", "left"):
@@ -102,11 +102,11 @@ def _decorate(axes: Axes, theme: Theme, title: str) -> None:
     axes.spines["bottom"].set_color(theme["rule"])
     axes.grid(axis="y", color=theme["rule"], linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=theme["quiet"], labelsize=_TEXT, length=0, pad=4)
-    axes.set_title(title, loc="left", fontsize=_TEXT, color=theme["ink"], pad=9, x=-38 / axes.bbox.width)
+    axes.tick_params(colors=theme["quiet"], labelsize=TEXT, length=0, pad=4)
+    axes.set_title(title, loc="left", fontsize=TEXT, color=theme["ink"], pad=9, x=-38 / axes.bbox.width)
 
 
-def _log_ticks(axis, lower: float, upper: float) -> None:
+def log_ticks(axis: Any, lower: float, upper: float) -> None:
     """Plain decimal numbers at decades, with 2 and 5 between them where there are few."""
     decades = math.log10(upper / lower)
     axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0), numticks=9))
@@ -123,7 +123,8 @@ def _tick_text(value: float, lower: float, upper: float) -> str:
     return power_of_ten(exponent) if leading == 1 else f"{leading}·{power_of_ten(exponent)}"
 
 
-def _new_axes(height: int, bottom: int) -> tuple[Figure, Axes]:
+def new_axes(height: int, bottom: int) -> tuple[Figure, Axes]:
+    """Empty axes as wide as a phone, with room below for a label and a legend."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor="none")
     FigureCanvasAgg(figure)
     left, right = 42, 8
@@ -151,7 +152,7 @@ def plot_against_bits(
     points, scale = _points(rows, quantity)
     if not points:
         return None
-    figure, axes = _new_axes(height=320, bottom=40)
+    figure, axes = new_axes(height=320, bottom=40)
     if scale.is_log:
         axes.set_yscale("log")
         title += " (log scale)"
@@ -162,10 +163,10 @@ def plot_against_bits(
     axes.xaxis.set_major_locator(FixedLocator(_BIT_TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("bits per element, all counted", fontsize=_TEXT, color=theme["ink"], labelpad=5)
+    axes.set_xlabel("bits per element, all counted", fontsize=TEXT, color=theme["ink"], labelpad=5)
     if scale.is_log:
-        _log_ticks(axes.yaxis, scale.lower, scale.upper)
-    _decorate(axes, theme, title)
+        log_ticks(axes.yaxis, scale.lower, scale.upper)
+    decorate(axes, theme, title)
     obstacles = _draw_points(axes, points, scale, pareto_policies(rows) if quantity == "rise" else [], indices, theme)
     _draw_labels(axes, points, obstacles, indices, theme)
     return figure
@@ -218,8 +219,8 @@ def _draw_labels(
 ) -> None:
     """Writes each policy's name beside its point, with a thin line where it had to move away."""
     order = sorted(points, key=lambda p: (-len(p.policy), p.policy))
-    style = {"fontsize": _TEXT - 0.5, "parse_math": False, "ha": "left", "va": "bottom", "zorder": 4}
-    names = short_names(sorted(indices, key=indices.__getitem__), _LABEL_LIMIT)
+    style = {"fontsize": TEXT - 0.5, "parse_math": False, "ha": "left", "va": "bottom", "zorder": 4}
+    names = short_names(sorted(indices, key=indices.__getitem__), LABEL_LIMIT)
     texts = [axes.text(0, 0, names[p.policy], **style) for p in order]
     renderer = axes.figure.canvas.get_renderer()
     sizes = [(box.width, box.height * 0.85) for box in (text.get_window_extent(renderer) for text in texts)]
@@ -236,81 +237,3 @@ def _draw_labels(
             start, end = to_data.transform((x, y)), to_data.transform(near)
             colour = theme.series(indices[point.policy])
             axes.plot([start[0], end[0]], [start[1], end[1]], color=colour, linewidth=0.7, clip_on=False, zorder=2)
-
-
-def plot_layer_errors(
-    rows: Sequence[Row], kind: str, subject: str, indices: Mapping[str, int], theme: Theme
-) -> Figure | None:
-    """Plots the relative error of one kind in every layer, one line per policy, on a log scale.
-
-    Args:
-        rows: rows of one dataset.
-        kind: "key", "value" or "attention".
-        subject: what stands above the axis for it, as "the keys".
-        indices, theme: as plot_against_bits.
-
-    Errors of 0 (nothing was changed) and those that are not finite have no place on it and leave gaps.
-
-    Returns:
-        The figure, or None when no row has such an error.
-    """
-    series = _layer_series(rows, kind)
-    if not series:
-        return None
-    names = short_names(sorted(indices, key=indices.__getitem__), _LABEL_LIMIT)
-    columns = 2 if max(len(names[policy]) for policy, _ in series) > 14 else 3
-    legend_rows = math.ceil(len(series) / columns)
-    figure, axes = _new_axes(height=270 + 17 * legend_rows, bottom=44 + 17 * legend_rows)
-    axes.set_yscale("log")
-    for policy, shown in series:
-        layers, errors = zip(*shown, strict=True)
-        marker, colour = marker_of(indices[policy]), theme.series(indices[policy])
-        every = max(1, len(layers) // 6)
-        start = indices[policy] % every
-        axes.plot(
-            layers,
-            errors,
-            color=colour,
-            marker=marker,
-            markevery=(start, every),
-            markersize=5.5,
-            linewidth=1.3,
-            markeredgecolor=theme["ground"],
-            markeredgewidth=0.6,
-            linestyle="-" if indices[policy] < NUM_SERIES_COLOURS else (0, (5, 2)),
-            label=names[policy],
-        )
-    _log_ticks(axes.yaxis, *axes.get_ylim())
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layer", fontsize=_TEXT, color=theme["ink"], labelpad=3)
-    _decorate(axes, theme, f"relative error of {subject} (log scale)")
-    _draw_legend(figure, columns, theme)
-    return figure
-
-
-def _layer_series(rows: Sequence[Row], kind: str) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Policies with their (layer, error) pairs; an error that a log scale cannot show is NaN, a gap in the line."""
-    series = []
-    for row in (row for row in rows if not row.is_baseline):
-        found = sorted((e.layer, e.relative_error) for e in row.layer_errors if e.kind == kind)
-        shown = [(layer, e if _ERRORS_DRAWN[0] <= e <= _ERRORS_DRAWN[1] else math.nan) for layer, e in found]
-        if any(not math.isnan(error) for _, error in shown):
-            series.append((row.policy, shown))
-    return series
-
-
-def _draw_legend(figure: Figure, columns: int, theme: Theme) -> None:
-    legend = figure.legend(
-        loc="lower left",
-        bbox_to_anchor=(0.01, 0.005),
-        ncols=columns,
-        fontsize=_TEXT - 0.5,
-        frameon=False,
-        labelcolor=theme["ink"],
-        borderaxespad=0,
-        handlelength=1.8,
-        handletextpad=0.5,
-        columnspacing=1.2,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)

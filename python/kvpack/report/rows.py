@@ -23,6 +23,15 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class LayerNumber:
+    """One number of one layer's keys or values: bits per element, or how much errors in it matter."""
+
+    layer: int
+    kind: str
+    value: float
+
+
+@dataclass(frozen=True)
 class Row:
     """One policy on one dataset; None is "not in the document", infinity and NaN are kept as measured."""
 
@@ -40,6 +49,9 @@ class Row:
     seconds: float | None = None
     seconds_kvpack: float | None = None
     layer_errors: tuple[LayerError, ...] = field(default=())
+    layer_bits: tuple[LayerNumber, ...] = field(default=())
+    static_table_bytes: float | None = None
+    static_table_tokens: float | None = None
 
     @property
     def is_baseline(self) -> bool:
@@ -124,7 +136,20 @@ def _read_row(entry: Mapping[str, Any]) -> Row:
             *_read_layer_errors(entry.get("layer_errors")),
             *_read_layer_errors(entry.get("attention_errors"), "attention"),
         ),
+        layer_bits=read_layer_numbers(entry.get("layer_bits"), "bits"),
+        static_table_bytes=number(entry.get("static_table_bytes")),
+        static_table_tokens=number(entry.get("static_table_tokens")),
     )
+
+
+def read_layer_numbers(value: Any, name: str) -> tuple[LayerNumber, ...]:
+    """Entries {"layer", "kind", name} of a document; those that are no finite numbers are left out."""
+    found = []
+    for entry in map(mapping, items(value)):
+        layer, shown = number(entry.get("layer")), number(entry.get(name))
+        if layer is not None and shown is not None and math.isfinite(layer) and math.isfinite(shown):
+            found.append(LayerNumber(int(layer), str(entry.get("kind")), shown))
+    return tuple(found)
 
 
 def _read_layer_errors(value: Any, kind: str | None = None) -> Iterable[LayerError]:
