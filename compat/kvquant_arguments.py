@@ -77,8 +77,6 @@ def _method(options: argparse.Namespace, projection: str, fraction: float) -> Me
     if bits == 16 or projection not in (*options.perchannel, *options.pertoken):
         return DenseMethod()
     if options.nuq:
-        if bits not in CODEBOOK_BITS:
-            raise ValueError(f"--nuq with --abits {bits}: codebooks have {', '.join(map(str, CODEBOOK_BITS))} bits")
         return CodebookMethod(bits, axis, outlier_fraction=fraction)
     return UniformMethod(bits, axis, outlier_fraction=fraction)
 

@@ -18,7 +18,8 @@ from kvpack.uniform import check_thresholds_fit, count_bits, fraction_text, norm
 if TYPE_CHECKING:
     from kvpack.calibrate.calibration import Calibration, LayerCalibration
 
-CODEBOOK_BITS = (2, 3, 4, 5)
+CODEBOOK_BITS = (2, 3, 4, 5, 8)
+"""Bit widths of codebooks, calibrated ones too."""
 CENTROID_BITS = 32
 """Of a calibrated centroid, and of each of Q-Norm's two numbers; those of a normal distribution are constants."""
 _AXES: tuple[Literal["per_channel", "per_token"], ...] = ("per_channel", "per_token")
@@ -30,7 +31,7 @@ class CodebookMethod(Method):
     """Each vector is mapped to [-1, 1] by its range and every value goes to the nearest centroid. Keys before RoPE.
 
     Attributes:
-        bits: 2, 3, 4 or 5: the codebook has 2^bits centroids.
+        bits: 2, 3, 4, 5 or 8: the codebook has 2^bits centroids.
         axis: `per_channel` (a vector is a channel over tokens) or `per_token` (a token over all channels).
         codebook: `calibrated` (NUQ, one per layer and kind) or `normal_float` (NF, the same everywhere).
         norm: Q-Norm: centroids are moved so that quantised values keep mean and deviation; calibrated ones only.

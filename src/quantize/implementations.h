@@ -23,7 +23,7 @@ struct UniformProblem {
   std::int64_t out_channel_stride = 1;
   QuantizeOptions options;                   // bits 16 reaches only CUDA; protected_tokens at most tokens
   const CodebookTable* codebook = nullptr;   // in host memory; null: a uniform grid
-  const VectorGrid* static_grids = nullptr;  // [channels], per token [tokens], in host memory: calibrated mode only
+  const VectorGrid* static_grids = nullptr;  // [channels], per token [tokens], in host memory; null: found from x
   std::int64_t group = 0;                    // elements of a vector that share a grid, at least 1
   bool only_check = false;                   // CUDA: look for values that are not finite, and write nothing
   void* stream = nullptr;

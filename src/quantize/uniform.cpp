@@ -71,17 +71,41 @@ void require_all_finite(const UniformOutcome& outcome, const TensorView& x, std:
           shape_text(x));
 }
 
-UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, const Call& call,
+/// The grids of every sequence of a batch, before anything is written; none where implementations find their own.
+std::vector<std::vector<VectorGrid>> find_compat_grids(const TensorView& x, const Call& call) {
+  const std::int64_t tokens = sequence(x, 0).shape[0];
+  if (!needs_compat_grids(call.options, tokens)) return {};
+  if (x.device.kind != DeviceKind::kCpu) {
+    throw Unsupported(text("compat with ", call.options.protected_tokens, " protected tokens per channel on ",
+                           device_text(x.device), "; the published tool's statistics of that case exist on cpu"));
+  }
+  std::vector<std::vector<VectorGrid>> grids;
+  for (std::int64_t i = 0; i < num_sequences(x); ++i) {
+    UniformProblem problem = make_problem(sequence(x, i), sequence(x, i), call);
+    problem.options.protected_tokens = 0;  // they are in the statistics
+    require_finite(sequence(x, i), problem, i);
+    grids.push_back(make_compat_grids(sequence(x, i), call.options));
+  }
+  return grids;
+}
+
+/// `grids` are those of find_compat_grids for this sequence, or null.
+UniformCounts simulate_sequence(const TensorView& x, const TensorView& out, const Call& call, const VectorGrid* grids,
                                 std::int64_t batch_index) {
   UniformOutcome outcome;
   const bool on_cpu = x.device.kind == DeviceKind::kCpu;
+  const auto run = [&](const TensorView& from, const TensorView& to) {
+    UniformProblem problem = make_problem(from, to, call);
+    if (grids != nullptr) problem.static_grids = grids;
+    outcome = call.function(problem);
+  };
   if (needs_packing(x, out)) {
     const PackedSequence packed_x(x);
     const PackedSequence packed_out(packed_x.view());
-    outcome = call.function(make_problem(packed_x.view(), packed_out.view(), call));
+    run(packed_x.view(), packed_out.view());
     if (outcome.all_finite) packed_out.unpack_to(out);
   } else {
-    outcome = call.function(make_problem(x, out, call));
+    run(x, out);
   }
   if (!outcome.all_finite && on_cpu && !is_same_view(x, out)) {
     require_finite(x, make_problem(x, out, call), batch_index);
@@ -110,6 +134,7 @@ UniformCounts simulate(const TensorView& x, const TensorView& out, const Call& c
   if (x.num_elements() == 0) return counts;
   const bool is_copy = call.options.bits == 16;
   if (is_same_view(x, out) && !is_copy) check_before_overwriting(x, call);
+  const auto compat_grids = find_compat_grids(x, call);
   for (std::int64_t i = 0; i < num_sequences(x); ++i) {
     const TensorView source = sequence(x, i);
     const TensorView target = sequence(out, i);
@@ -117,7 +142,8 @@ UniformCounts simulate(const TensorView& x, const TensorView& out, const Call& c
       copy_sequence(source, target);
       continue;
     }
-    const UniformCounts one = simulate_sequence(source, target, call, i);
+    const VectorGrid* grids = compat_grids.empty() ? nullptr : compat_grids[static_cast<std::size_t>(i)].data();
+    const UniformCounts one = simulate_sequence(source, target, call, grids, i);
     counts.quantized += one.quantized;
     counts.vectors += one.vectors;
     counts.outliers += one.outliers;

@@ -246,7 +246,7 @@ def test_sink_alone_means_the_first_token():
         ("kivi-2+calibrated", ["kivi-2 lacks", "intB, nuqB"]),
         ("turbo-3+calibrated", ["turbo-3 lacks"]),
         ("int4+calibrated;layers0=mustafar-50", ["mustafar-50 lacks"]),
-        ("nuq8", ["nuq8", "2, 3, 4, 5"]),
+        ("nuq7", ["7", "2, 3, 4, 5, 8"]),
         ("nf4+qnorm", ["qnorm", "nuq"]),
         ("nuq3+clamp", ["no modifier 'clamp'"]),
         ("turbo-5", ["turbo-5", "2, 3, 4"]),

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kvpack.calibrate.base import KINDS, CalibrationError, ModelCalibration, TensorForm, check_finite, layer_spans
-from kvpack.calibrate.headers import CODEBOOK_BITS, CODEBOOKS, Schema
+from kvpack.calibrate.headers import CODEBOOKS, Schema
+from kvpack.codebook_methods import CODEBOOK_BITS
 from kvpack.methods import Kind
 
 __all__ = ["CODEBOOK_BITS", "KINDS", "Calibration", "CalibrationError", "LayerCalibration"]

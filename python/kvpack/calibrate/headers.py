@@ -13,9 +13,8 @@ from typing import Any
 
 from kvpack.calibrate.base import CalibrationError
 from kvpack.calibrate.fingerprint import ModelFingerprint
+from kvpack.codebook_methods import CODEBOOK_BITS
 
-CODEBOOK_BITS = (2, 3, 4, 5, 8)
-"""Bit widths a codebook can be calibrated for."""
 LARGEST_HEADER = 1 << 20
 _LARGEST_LAYERS = 4096
 _LARGEST_COUNT = 2**31 - 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvpack.calibrate.base import ModelCalibration
 from kvpack.calibrate.calibration import Calibration, LayerCalibration
-from kvpack.calibrate.headers import CODEBOOK_BITS
+from kvpack.codebook_methods import CODEBOOK_BITS
 from kvpack.methods import Kind, check_choice
 from kvpack.uniform import normal_fraction
 
