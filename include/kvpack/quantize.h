@@ -77,7 +77,7 @@ struct UniformCounts {
 ///   Types     float16, bfloat16, float32, float64 at any non-negative strides; computed in float32
 ///   Exact     outliers, protected tokens and vectors whose grid degenerates (constant) come back bit for bit
 ///   Protected tokens belong to no vector: they are in no statistic (compat, whole channels, oracle: they are in the quantiles,
-///             the median, and without outliers in the range, as in the published tool; CPU)
+///             the median, and without outliers in the range, as in the published tool)
 ///   Requires  finite values; out is x itself or does not overlap it
 ///   Throws    InvalidArgument with both values, for a value that is not finite its coordinate; when out is not x, out
 ///             may be partly written by then, x never

@@ -103,7 +103,7 @@ def simulate_quantized(
         outlier_fraction: share of each vector that is kept exactly, half at each end; in calibrated mode any share
             above 0 keeps what lies strictly beyond lower and upper, and 0 lets it go to the nearest end.
         protected_tokens: this many first tokens of each sequence come back unchanged and are in no statistic.
-        compat: reproduce KVQuant's tool (docs/numerics.md section 4); per channel with protected tokens CPU only.
+        compat: reproduce KVQuant's tool (docs/numerics.md section 4).
         out: where to write, shape and type of x; x itself is allowed.
 
     Returns:

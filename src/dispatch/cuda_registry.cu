@@ -64,6 +64,7 @@ extern "C" __attribute__((visibility("default"))) const kvpack::CudaLibrary* kvp
       cuda_row<RotateFunction>(Operation::kRotate, cuda::rotate),
       cuda_row<UniformFunction>(Operation::kSimulateUniform, cuda::simulate_uniform),
       cuda_row<UniformFunction>(Operation::kSimulateQuantized, cuda::simulate_uniform),
+      cuda_row<CompatGridsFunction>(Operation::kFindCompatGrids, cuda::find_compat_grids),
       cuda_row<CompressTile64Function>(Operation::kCompressTile64, cuda::compress_tile64),
       cuda_row<UnpackTile64Function>(Operation::kUnpackTile64, cuda::unpack_tile64),
       cuda_row<CheckTile64Function>(Operation::kCheckTile64, cuda::check_tile64),

@@ -24,16 +24,14 @@ namespace kvpack {
 namespace {
 
 constexpr std::uint32_t kNothing = 0;
-constexpr std::array kOperations{Operation::kPruneMagnitude,      Operation::kRotate,
-                                 Operation::kSimulateUniform,     Operation::kSimulateQuantized,
-                                 Operation::kAccumulateHistogram, Operation::kCompressTile64,
-                                 Operation::kUnpackTile64,        Operation::kCheckTile64,
-                                 Operation::kMultiplyTile64,      Operation::kAttendTile64,
-                                 Operation::kKronQuantize,        Operation::kDequantizeInt4,
-                                 Operation::kUndoTransform,       Operation::kLinearW4A4,
-                                 Operation::kSimulateKlt,         Operation::kCompressKlt,
-                                 Operation::kUnpackKlt,           Operation::kCompareTensors,
-                                 Operation::kCompareLogits};
+constexpr std::array kOperations{
+    Operation::kPruneMagnitude,    Operation::kRotate,          Operation::kSimulateUniform,
+    Operation::kSimulateQuantized, Operation::kFindCompatGrids, Operation::kAccumulateHistogram,
+    Operation::kCompressTile64,    Operation::kUnpackTile64,    Operation::kCheckTile64,
+    Operation::kMultiplyTile64,    Operation::kAttendTile64,    Operation::kKronQuantize,
+    Operation::kDequantizeInt4,    Operation::kUndoTransform,   Operation::kLinearW4A4,
+    Operation::kSimulateKlt,       Operation::kCompressKlt,     Operation::kUnpackKlt,
+    Operation::kCompareTensors,    Operation::kCompareLogits};
 
 /// A row of the CPU side. Naming the operation's type makes the compiler check the function against it.
 template <typename Function>
@@ -52,6 +50,7 @@ const std::vector<Implementation>& cpu_rows() {
       cpu_row<UniformFunction>(Operation::kSimulateUniform, "scalar", kNothing, scalar::simulate_uniform),
       cpu_row<UniformFunction>(Operation::kSimulateQuantized, "reference", kNothing, reference::simulate_uniform),
       cpu_row<UniformFunction>(Operation::kSimulateQuantized, "scalar", kNothing, scalar::simulate_uniform),
+      cpu_row<CompatGridsFunction>(Operation::kFindCompatGrids, "reference", kNothing, reference::find_compat_grids),
       cpu_row<HistogramFunction>(Operation::kAccumulateHistogram, "reference", kNothing,
                                  reference::accumulate_histogram),
       cpu_row<CompressTile64Function>(Operation::kCompressTile64, "reference", kNothing, reference::compress_tile64),
@@ -230,6 +229,8 @@ const char* name_of(Operation operation) noexcept {
       return "simulate_uniform";
     case Operation::kSimulateQuantized:
       return "simulate_quantized";
+    case Operation::kFindCompatGrids:
+      return "find_compat_grids";
     case Operation::kAccumulateHistogram:
       return "accumulate_histogram";
     case Operation::kCompressTile64:

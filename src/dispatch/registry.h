@@ -14,6 +14,7 @@ enum class Operation : std::int32_t {
   kRotate,
   kSimulateUniform,
   kSimulateQuantized,
+  kFindCompatGrids,
   kAccumulateHistogram,
   kCompressTile64,
   kUnpackTile64,

@@ -38,6 +38,14 @@ struct UniformOutcome {
 
 using UniformFunction = UniformOutcome (*)(const UniformProblem&);
 
+/// What finding the grids of `compat` with protected tokens came upon.
+struct CompatOutcome {
+  std::int64_t first_bad = -1;  // token * channels + channel of the first value that is not finite; grids are open then
+};
+
+/// Writes the grid of every channel, [channels] in host memory, with the published tool's statistics.
+using CompatGridsFunction = CompatOutcome (*)(const UniformProblem&, VectorGrid* grids);
+
 /// Tokens [first, end) of one group of a per-channel vector.
 struct TokenRange {
   std::int64_t first;
@@ -64,7 +72,8 @@ inline const VectorGrid& static_grid(const UniformProblem& problem, std::int64_t
 
 namespace reference {
 UniformOutcome simulate_uniform(const UniformProblem& problem);
-}
+CompatOutcome find_compat_grids(const UniformProblem& problem, VectorGrid* grids);
+}  // namespace reference
 namespace scalar {
 UniformOutcome simulate_uniform(const UniformProblem& problem);
 }
@@ -76,6 +85,7 @@ UniformOutcome simulate_uniform(const UniformProblem& problem);
 }
 namespace cuda {  // in libkvpack_cuda
 UniformOutcome simulate_uniform(const UniformProblem& problem);
-}
+CompatOutcome find_compat_grids(const UniformProblem& problem, VectorGrid* grids);
+}  // namespace cuda
 
 }  // namespace kvpack

@@ -110,6 +110,13 @@ void require_quantize_options(const QuantizeOptions& options) {
   require_thresholds(options);
 }
 
+bool needs_compat_grids(const QuantizeOptions& options, std::int64_t tokens) {
+  const bool whole_channels = options.axis == Axis::kPerChannel && (options.group == 0 || options.group >= tokens);
+  return options.compat && whole_channels && options.causality == Causality::kOracle &&
+         options.scale == ScaleRule::kRange && options.bits != 16 && options.protected_tokens > 0 &&
+         options.protected_tokens < tokens;
+}
+
 float boundary_between(float lower_centroid, float upper_centroid) {
   // Rounded distances are monotone in y between two centroids, so the lower one wins up to one place and the upper one
   // from there: halving finds it. A rounded midpoint may lie one place beside it, where torch's argmin decides otherwise.

@@ -1,5 +1,5 @@
-// What a call of simulate_quantized works out before an implementation runs: the codebook as a table, the grids of
-// calibrated thresholds, those of `compat` with protected tokens. Also the checks of those options.
+// What a call of simulate_quantized works out once before it goes through sequences: the codebook as a table, and the grids
+// of calibrated thresholds. Also the checks of those options.
 #pragma once
 
 #include <vector>
@@ -24,8 +24,5 @@ std::vector<VectorGrid> make_static_grids(const QuantizeOptions& options);
 /// True where `compat` and protected tokens meet in channels of `tokens` tokens with statistics of their own: there the
 /// published tool looks at the protected ones too.
 bool needs_compat_grids(const QuantizeOptions& options, std::int64_t tokens);
-
-/// The grids of that case, [channels]; x is one sequence [tokens, channels] of finite values on the CPU.
-std::vector<VectorGrid> make_compat_grids(const TensorView& x, const QuantizeOptions& options);
 
 }  // namespace kvpack

@@ -75,16 +75,15 @@ void require_all_finite(const UniformOutcome& outcome, const TensorView& x, std:
 std::vector<std::vector<VectorGrid>> find_compat_grids(const TensorView& x, const Call& call) {
   const std::int64_t tokens = sequence(x, 0).shape[0];
   if (!needs_compat_grids(call.options, tokens)) return {};
-  if (x.device.kind != DeviceKind::kCpu) {
-    throw Unsupported(text("compat with ", call.options.protected_tokens, " protected tokens per channel on ",
-                           device_text(x.device), "; the published tool's statistics of that case exist on cpu"));
-  }
+  // Not noted as the last implementation: that is the one that quantises.
+  const Implementation& row = select_row(Operation::kFindCompatGrids, x.device.kind);
+  const auto find = reinterpret_cast<CompatGridsFunction>(row.function);
   std::vector<std::vector<VectorGrid>> grids;
   for (std::int64_t i = 0; i < num_sequences(x); ++i) {
-    UniformProblem problem = make_problem(sequence(x, i), sequence(x, i), call);
-    problem.options.protected_tokens = 0;  // they are in the statistics
-    require_finite(sequence(x, i), problem, i);
-    grids.push_back(make_compat_grids(sequence(x, i), call.options));
+    const TensorView one = sequence(x, i);
+    grids.emplace_back(static_cast<std::size_t>(one.shape[1]));
+    const CompatOutcome found = find(make_problem(one, one, call), grids.back().data());
+    require_all_finite({{}, found.first_bad < 0, found.first_bad}, one, i);
   }
   return grids;
 }

@@ -70,6 +70,7 @@ METHODS = {
     "nuq": lambda x, axis: dict(codebook=codebook(3)),
     "nuq outliers": lambda x, axis: dict(codebook=codebook(3), outlier_fraction=0.05, norm=(1.25, -0.01)),
     "nuq compat": lambda x, axis: dict(codebook=codebook(3), compat=True),
+    "int compat outliers": lambda x, axis: dict(outlier_fraction=0.02, compat=True),
     "rms": lambda x, axis: dict(codebook=codebook(3) * 3, scale="rms"),
     "calibrated int": lambda x, axis: calibrated(x, axis),
     "calibrated int outliers": lambda x, axis: dict(outlier_fraction=0.01, **calibrated(x, axis)),

@@ -1,16 +1,17 @@
 // Protected tokens as KVQuant's tool has them: its statistics see every token of a channel, and only then the first ones
 // are kept. Ours see the others only, in every implementation; so the grids of this one case are found here, beforehand.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
 #include "core/half.h"
 #include "core/parallel.h"
 #include "core/with_type.h"
+#include "quantize/implementations.h"
 #include "quantize/outliers.h"
-#include "quantize/prepare.h"
 
-namespace kvpack {
+namespace kvpack::reference {
 
 namespace {
 
@@ -46,27 +47,28 @@ VectorGrid find_compat_grid(const std::vector<float>& values, const QuantizeOpti
 
 }  // namespace
 
-bool needs_compat_grids(const QuantizeOptions& options, std::int64_t tokens) {
-  const bool whole_channels = options.axis == Axis::kPerChannel && (options.group == 0 || options.group >= tokens);
-  return options.compat && whole_channels && options.causality == Causality::kOracle &&
-         options.scale == ScaleRule::kRange && options.bits != 16 && options.protected_tokens > 0 &&
-         options.protected_tokens < tokens;
-}
-
-std::vector<VectorGrid> make_compat_grids(const TensorView& x, const QuantizeOptions& options) {
-  std::vector<VectorGrid> grids(static_cast<std::size_t>(x.shape[1]));
-  with_float_type(x.dtype, [&]<typename T>() {
+CompatOutcome find_compat_grids(const UniformProblem& problem, VectorGrid* grids) {
+  std::vector<std::int64_t> first_bad(static_cast<std::size_t>(problem.channels), problem.tokens);
+  with_float_type(problem.dtype, [&]<typename T>() {
     auto task = [&](std::int64_t c) {
-      const T* column = static_cast<const T*>(x.data) + c * x.strides[1];
-      std::vector<float> values(static_cast<std::size_t>(x.shape[0]));
-      for (std::int64_t t = 0; t < x.shape[0]; ++t) {
-        values[static_cast<std::size_t>(t)] = to_float(column[t * x.strides[0]]);
+      const T* column = static_cast<const T*>(problem.x) + c * problem.x_channel_stride;
+      std::vector<float> values(static_cast<std::size_t>(problem.tokens));
+      for (std::int64_t t = 0; t < problem.tokens; ++t) {
+        values[static_cast<std::size_t>(t)] = to_float(column[t * problem.x_token_stride]);
       }
-      grids[static_cast<std::size_t>(c)] = find_compat_grid(values, options);
+      const auto bad = std::find_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
+      first_bad[static_cast<std::size_t>(c)] = bad - values.begin();
+      if (bad == values.end()) grids[c] = find_compat_grid(values, problem.options);
     };
-    parallel_for(x.shape[1], task);
+    parallel_for(problem.channels, task);
   });
-  return grids;
+  CompatOutcome outcome;
+  for (std::int64_t c = 0; c < problem.channels; ++c) {
+    const std::int64_t token = first_bad[static_cast<std::size_t>(c)];
+    const std::int64_t place = token * problem.channels + c;
+    if (token < problem.tokens && (outcome.first_bad < 0 || place < outcome.first_bad)) outcome.first_bad = place;
+  }
+  return outcome;
 }
 
-}  // namespace kvpack
+}  // namespace kvpack::reference
