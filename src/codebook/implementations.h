@@ -32,7 +32,30 @@ struct HistogramProblem {
 
 using HistogramFunction = HistogramCounts (*)(const HistogramProblem&);
 
+/// Where a slice of tokens is added to: [kHistogramBins] each.
+struct HistogramBins {
+  double* weights;
+  double* moments;
+  HistogramCounts* counts;
+};
+
+/// Adds tokens [first, end) to the bins, token by token and channel by channel: sums are rounded in this order.
+using AccumulateTokens = void(const HistogramProblem& problem, std::int64_t first, std::int64_t end,
+                              HistogramBins bins);
+
+/// Runs `accumulate` on slices of tokens, in parallel, and adds the slices up in their order.
+HistogramCounts accumulate_slices(const HistogramProblem& problem, AccumulateTokens* accumulate);
+
 namespace reference {
+HistogramCounts accumulate_histogram(const HistogramProblem& problem);
+}
+namespace scalar {
+HistogramCounts accumulate_histogram(const HistogramProblem& problem);
+}
+namespace avx2 {
+HistogramCounts accumulate_histogram(const HistogramProblem& problem);
+}
+namespace avx512 {
 HistogramCounts accumulate_histogram(const HistogramProblem& problem);
 }
 

@@ -62,28 +62,5 @@ TEST(CalibrateCodebook, TakesAHistogramInTime) {
   for (int k = 0; k < 32; ++k) EXPECT_NEAR(codebook[k], -codebook[31 - k], 1e-3f);
 }
 
-TEST(AccumulateHistogram, GivesTheSameBitsForEveryNumberOfThreads) {
-  Matrix x(5000, 12, DType::kFloat16);
-  x.fill(Fill::kNormal, kSeed);
-  const std::vector<float> lower(12, -3.0f);
-  const std::vector<float> upper(12, 4.0f);
-  std::vector<double> first;
-  for (const int threads : {1, 2, 5}) {
-    set_num_threads(threads);
-    std::vector<double> weights(kHistogramBins);
-    std::vector<double> moments(kHistogramBins);
-    HistogramOptions options;
-    options.lower = lower.data();
-    options.upper = upper.data();
-    const HistogramCounts counts =
-        accumulate_histogram(x.view(), {}, options, make_view(weights.data(), DType::kFloat64, {kHistogramBins}),
-                             make_view(moments.data(), DType::kFloat64, {kHistogramBins}));
-    EXPECT_EQ(counts.counted + counts.outside, 5000 * 12);
-    if (first.empty()) first = moments;
-    EXPECT_EQ(first, moments);
-  }
-  set_num_threads(0);
-}
-
 }  // namespace
 }  // namespace kvpack::test
