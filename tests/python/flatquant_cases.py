@@ -1,18 +1,8 @@
 """FlatQuant's tests: shapes with a reason each, devices, and a judge in float64 of its own."""
 
-import pytest
 import torch
+from cuda_tensors import SEED
 
-from kvpack import ops
-
-SEED = 20261121
-NO_CUDA = not torch.cuda.is_available() or not ops.cuda_status().startswith("loaded")
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_CUDA, reason=f"CUDA side: {ops.cuda_status()}")]
-    ),
-]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 SHARE_OFF = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2, torch.float32: 1e-4}

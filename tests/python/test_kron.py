@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from flatquant_cases import DEVICES, DTYPES, SHARE_OFF, SIDES, assert_close, codes_of, exact_transform, make_case
+from cuda_tensors import DEVICES
+from flatquant_cases import DTYPES, SHARE_OFF, SIDES, assert_close, codes_of, exact_transform, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from flatquant_cases import DEVICES, make_case
+from cuda_tensors import DEVICES, needs_gpu
+from flatquant_cases import make_case
 
 import kvpack
 from kvpack import kron_quantize
@@ -100,8 +101,7 @@ def test_readers_refuse_what_does_not_fit(case):
         kvpack.rmsnorm_kron_quantize(case[0], case[1][0])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@needs_gpu
 def test_devices_that_differ():
     x, left, right = make_case("4096", 3, torch.float32, "cuda")
     refuse(ValueError, "left is on cpu; expected cuda:0", x, left.cpu(), right)

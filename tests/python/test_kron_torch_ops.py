@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from flatquant_cases import DEVICES, make_case
+from cuda_tensors import DEVICES, needs_gpu
+from flatquant_cases import make_case
 
 import kvpack
 from kvpack import kron_torch_ops
@@ -42,8 +43,7 @@ def test_a_compiled_layer_has_the_bits_of_the_eager_one(device):
     assert torch.equal(compiled(x), layer(kvpack, x))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@needs_gpu
 def test_a_cuda_graph_replays_new_inputs():
     x, left, right = make_case("4096", 8, torch.bfloat16, "cuda")
     weight = kvpack.kron_quantize(torch.randn(64, 4096, device="cuda"))
