@@ -28,6 +28,7 @@ OLD_NAMES = {
     "mustafar_quant_reference": (
         "dequantize_tile", "reconstruct_sparse_key_matrix_quant", "sparse_matmul_reference_quant",
     ),
+    "quant_ops": ("flatquant_dynamic_quantize", "dequantize_int4", "get_decompose_dim"),
 }  # fmt: skip
 
 

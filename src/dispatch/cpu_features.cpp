@@ -53,6 +53,7 @@ std::uint32_t detect_cpu_features() noexcept {
   if (has_avx2) features |= kFeatureAvx2;
   if (has_avx2 && has_avx512) features |= kFeatureAvx512;
   if (has_avx2 && has_avx512 && has_vbmi2) features |= kFeatureAvx512Vbmi2;
+  if (has_avx2 && has_avx512 && __builtin_cpu_supports("avx512vnni")) features |= kFeatureAvx512Vnni;
   const bool has_bf16 = has_avx2 && has_avx512 && __builtin_cpu_supports("avx512bf16");
   if (has_bf16 && may_use_amx_bf16()) features |= kFeatureAmxBf16;
 #endif

@@ -66,9 +66,11 @@ const std::vector<Implementation>& cpu_rows() {
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "reference", kNothing, reference::kron_quantize),
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "scalar", kNothing, scalar::kron_quantize),
       cpu_row<DequantizeInt4Function>(Operation::kDequantizeInt4, "reference", kNothing, reference::dequantize_int4),
+      cpu_row<DequantizeInt4Function>(Operation::kDequantizeInt4, "scalar", kNothing, scalar::dequantize_int4),
       cpu_row<UndoTransformFunction>(Operation::kUndoTransform, "reference", kNothing, reference::undo_transform),
       cpu_row<UndoTransformFunction>(Operation::kUndoTransform, "scalar", kNothing, scalar::undo_transform),
       cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "reference", kNothing, reference::linear_w4a4),
+      cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "scalar", kNothing, scalar::linear_w4a4),
       cpu_row<SimulateKltFunction>(Operation::kSimulateKlt, "reference", kNothing, reference::simulate_klt),
       cpu_row<SimulateKltFunction>(Operation::kSimulateKlt, "scalar", kNothing, scalar::simulate_klt),
       cpu_row<CompressKltFunction>(Operation::kCompressKlt, "reference", kNothing, reference::compress_klt),
@@ -79,6 +81,10 @@ const std::vector<Implementation>& cpu_rows() {
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "reference", kNothing, reference::compare_logits),
       cpu_row<CompareLogitsFunction>(Operation::kCompareLogits, "scalar", kNothing, scalar::compare_logits),
 #if defined(__x86_64__)
+      cpu_row<DequantizeInt4Function>(Operation::kDequantizeInt4, "avx2", kFeatureAvx2, avx2::dequantize_int4),
+      cpu_row<DequantizeInt4Function>(Operation::kDequantizeInt4, "avx512", kFeatureAvx512, avx512::dequantize_int4),
+      cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "avx2", kFeatureAvx2, avx2::linear_w4a4),
+      cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "avx512", kFeatureAvx512Vnni, avx512::linear_w4a4),
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "avx2", kFeatureAvx2, avx2::kron_quantize),
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "avx512", kFeatureAvx512, avx512::kron_quantize),
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "amx", kFeatureAmxBf16, amx::kron_quantize),
@@ -128,6 +134,7 @@ bool runs_here(const Implementation& row) {
 }
 
 std::string needs_text(std::uint32_t needs) {
+  if (needs & kFeatureAvx512Vnni) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni";
   if (needs & kFeatureAmxBf16) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512bf16 amx_bf16";
   if (needs & kFeatureAvx512Vbmi2) {
     return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vbmi avx512vbmi2 avx512bitalg avx512vpopcntdq gfni";

@@ -110,8 +110,6 @@ inline void store_pairs(CodeBytes codes, unsigned flip, std::byte* target) {
     target[i / 2] = static_cast<std::byte>(nibble(i) | nibble(i + 1) << 4);
   }
 }
-inline F32 load_bytes(const std::byte* source) { return static_cast<float>(static_cast<std::int8_t>(*source)); }
-
 #endif
 
 /// Flips the sign bit of every code where the form stores q + 8.

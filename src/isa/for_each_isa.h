@@ -3,7 +3,8 @@
 // `#pragma GCC target` region: per-file -m flags would leak AVX code into such functions.
 // Within the source, KVPACK_ISA is the namespace, scalar, avx2 or avx512, and KVPACK_ISA_LANES its floats a vector, for
 // the rare piece that the vocabulary does not cover. A source that defines KVPACK_SIMD_VBMI2 gets AVX-512 with VBMI and
-// VBMI2 (Ice Lake, Zen 4); its registry row must ask for kFeatureAvx512Vbmi2. With KVPACK_SIMD_TILES beside it, the
+// VBMI2 (Ice Lake, Zen 4); its registry row must ask for kFeatureAvx512Vbmi2. One that defines KVPACK_SIMD_VNNI gets VNNI
+// (Cascade Lake, Zen 4), for kFeatureAvx512Vnni. With KVPACK_SIMD_TILES beside it, the
 // vocabulary holds the words of isa/tiles_*.h too.
 
 #include "isa/scalar.h"
@@ -44,6 +45,8 @@
 #pragma GCC push_options
 #if defined(KVPACK_SIMD_VBMI2)
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")
+#elif defined(KVPACK_SIMD_VNNI)
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #else
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
