@@ -28,8 +28,10 @@ KVPACK_CUDA ?= AUTO
 KVPACK_CUDA_ARCHITECTURES ?= $(shell tools/gpu_architectures.sh)
 
 DEMO_POLICIES ?= int8 int4 int4+1%+sink int3 int3+1%+sink int2+1%+sink kivi-4+sink kivi-2+sink mustafar-50 mustafar-50-q4 \
-  mustafar-70
+  mustafar-70 klt-3.4+sink klt-2.4+sink klt-2+sink
+# Half of the text is measured; from the other half and from other text come the samples that klt is calibrated on.
 DEMO_FLAGS ?= --seqlen 2048 --limit 4
+DEMO_CALIBRATION ?= --nsamples 6 --seqlen 1024
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 
@@ -88,7 +90,10 @@ endif
 demo: install ## what several ways of compressing a real model's KV cache cost; MODEL=... takes another model
 	@mkdir -p out
 	@model=$${MODEL:-$$($(RUN_PYTHON) tools/find_smollm2.py)} && \
-	  $(KVPACK) eval "$$model" $(foreach policy,$(DEMO_POLICIES),--policy '$(policy)') --datasets pydoc $(DEMO_FLAGS) \
+	  $(KVPACK) calibrate "$$model" --method klt --blocks all --datasets pydoc,stdlib $(DEMO_CALIBRATION) --resume \
+	    -o out/demo.klt && \
+	  $(KVPACK) eval "$$model" $(foreach policy,$(DEMO_POLICIES),--policy '$(policy)') --datasets pydoc --skip 50% $(DEMO_FLAGS) \
+	    --calibration out/demo.klt \
 	    --report out/demo.html --json out/demo.json
 
 GENERATE_FLAGS ?=

@@ -219,34 +219,35 @@ def simulate_in_torch(x: Any, tables: Any, *, protected_tokens: int = 0, out: An
     out = torch.empty_like(x) if out is None else out
     for table, channels in tables.slices():
         part = x[..., channels]
+        mean, analysis, synthesis, in_scale, centroids = (torch.as_tensor(each) for each in table.tensors.values())
         if table.coded == 0:
-            result = table.mean.expand(part.shape)
+            result = mean.expand(part.shape)
         else:
-            z = (part.float() - table.mean) @ table.analysis
-            r = z[..., table.in_scale.bool()].square().mean(dim=-1, keepdim=True).sqrt().half().float()
+            z = (part.float() - mean) @ analysis
+            r = z[..., in_scale.bool()].square().mean(dim=-1, keepdim=True).sqrt().half().float()
             unit = torch.where(r > 0, z[..., : table.coded] / r.clamp(min=1e-30), torch.zeros_like(z[..., :1]))
-            result = table.mean + r * (nearest_centroids(unit, table) @ table.synthesis)
-        result = result.to(x.dtype)
+            result = mean + r * (nearest_centroids(unit, table.levels[: table.coded], centroids) @ synthesis)
+        result = result.to(x.dtype, copy=True)
         result[..., :protected_tokens, :] = part[..., :protected_tokens, :]
         out[..., channels] = result
     return out
 
 
-def nearest_centroids(unit: Any, table: Any) -> Any:
+def nearest_centroids(unit: Any, levels: np.ndarray, centroids: Any) -> Any:
     """The centroid nearest to every coefficient, all coefficients of one number of levels at once."""
     import torch
 
-    flat = unit.reshape(-1, table.coded)
+    flat = unit.reshape(-1, len(levels))
     result = torch.empty_like(flat)
-    first = 0
-    levels = table.levels[: table.coded]
+    first = column = 0
     for count in sorted(set(levels.tolist()), reverse=True):
-        columns = np.flatnonzero(levels == count)
-        codebooks = table.centroids[first : first + count * len(columns)].view(len(columns), count)
-        first += count * len(columns)
+        columns = slice(column, column + int((levels == count).sum()))
+        column = columns.stop
+        codebooks = centroids[first : first + count * (columns.stop - columns.start)].view(-1, count)
+        first += codebooks.numel()
         middles = ((codebooks[:, 1:] + codebooks[:, :-1]) / 2).contiguous()
-        values = flat[:, columns[0] : columns[-1] + 1].T.contiguous()
-        result[:, columns[0] : columns[-1] + 1] = codebooks.gather(1, torch.searchsorted(middles, values)).T
+        places = torch.searchsorted(middles, flat[:, columns].T.contiguous())
+        result[:, columns] = codebooks.gather(1, places).T
     return result.view(unit.shape)
 
 
