@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import itertools
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from kvpack.evaluate.induction import InductionScore
 
 
 def induction_command(
@@ -24,26 +28,28 @@ def induction_command(
     import json
 
     from kvpack.cli import BAD_INPUT, FAILED, one_message
-    from kvpack.terminal import make_console, print_table
+    from kvpack.terminal import ProgressDisplay, make_console, print_table
 
     errors = make_console(stderr=True)
     with one_message(errors, BAD_INPUT):
         from kvpack.evaluate import results
+        from kvpack.methods import check_int
         from kvpack.models import load
 
         path = None if json_file is None else results.check_writable(json_file, "scores")
+        check_int("sequences", sequences, 1, 2**20)
+        check_int("seed", seed, 0, 2**32 - 1)
         lengths, policies, tables, files = _check(model, policy or [], tokens, calibration)
         chosen = load.choose_device(device)
         chosen_dtype = load.choose_dtype(dtype, chosen, files)
         tokenizer = load.load_tokenizer(files)
-    with one_message(errors, FAILED):
-        from kvpack.evaluate.induction import score_induction
+    with ProgressDisplay(errors) as display, one_message(errors, FAILED):
         from kvpack.files import write_whole
 
         loaded = load.load_weights(files, tokenizer, dtype=chosen_dtype, device=chosen)
         special = set(getattr(tokenizer, "all_special_ids", ()))
         options: dict[str, Any] = {"sequences": sequences, "seed": seed, "excluded": special, "calibration": tables}
-        scores = [score_induction(loaded, each, length, **options) for length in lengths for each in (None, *policies)]
+        scores = _measure(loaded, lengths, policies, display, options)
         if path is not None:
             document = {"model": files.name, "seed": seed, "scores": [score.to_json() for score in scores]}
             write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
@@ -52,6 +58,25 @@ def induction_command(
     ]
     columns = ("tokens", "policy", "mode", "bits", "accuracy %", "nll")
     print_table(make_console(), columns, rows, right=("tokens", "bits", "accuracy %", "nll"))
+
+
+def _measure(
+    loaded: Any, lengths: list[int], policies: list[Any], display: Any, options: dict[str, Any]
+) -> list[InductionScore]:
+    """Every length under every policy, the uncompressed model first; the display hears of each sequence."""
+    from kvpack.evaluate.induction import score_induction
+
+    sequences, scores = options["sequences"], []
+    display.begin(len(lengths) * (1 + len(policies)) * sequences, "sequences")
+    for length, policy in itertools.product(lengths, (None, *policies)):
+        what = f"{'fp16' if policy is None else policy.name} on {length} tokens"
+
+        def on_sequence(number: int, what: str = what) -> None:
+            display.step(f"{what}, sequence {number + 1} of {sequences}")
+
+        scores.append(score_induction(loaded, policy, length, on_sequence=on_sequence, **options))
+        display.advance(sequences)
+    return scores
 
 
 def _check(
