@@ -68,7 +68,9 @@ def make_policy(options: argparse.Namespace) -> Policy:
     # Rounded as decimals: 1 - 0.99 is 0.010000000000000009, and an outlier share has a name, 1%.
     fraction = round(1 - options.sparsity_threshold, 9) if options.include_sparse else 0.0
     key, value = (_method(options, projection, fraction) for projection in _PROJECTIONS)
-    return Policy(key, value, sink=max(options.first_few_fp16, 0))
+    # 16 bits keep every token anyway, and the fp16 row stands for them.
+    keeps_all = isinstance(key, DenseMethod) and isinstance(value, DenseMethod)
+    return Policy(key, value, sink=0 if keeps_all else max(options.first_few_fp16, 0))
 
 
 def _method(options: argparse.Namespace, projection: str, fraction: float) -> Method:

@@ -37,7 +37,7 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
     ("flags", "policy"),
     [
         ([], "int4"),
-        (["--abits", "16"], "fp16"),
+        (["--abits", "16", "--first_few_fp16", "4"], "fp16"),
         (["--abits", "3", "--include_sparse", "--sparsity_threshold", "0.99"], "int3+1%"),
         (["--abits", "2", "--nuq", "--include_sparse", "--first_few_fp16", "1"], "nuq2+1%+sink"),
         (["--abits", "8", "--nuq", "--sparsity_threshold", "0.9"], "nuq8"),
@@ -96,3 +96,42 @@ def test_bad_flags_are_one_message(files, flags, words):
     model, text, _ = files
     result = run_script("kvquant_simquant_ppl_eval.py", model, *flags, "--text", text, *SHORT)
     assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_old_pickle_is_explained_and_never_opened(files, tmp_path):
+    model, text, _ = files
+    old = tmp_path / "quantizers.pkl"
+    # A pickle that makes a folder when it is loaded.
+    old.write_bytes(b"cos\nmkdir\n(S'" + str(tmp_path / "sprung").encode() + b"'\ntR.")
+    flags = ("--nuq", "--abits", "3", "--quantizer_path", str(old), "--text", text)
+    result = run_script("kvquant_llama3_simquant.py", model, *flags, *SHORT)
+    assert result.returncode == 2 and "never unpickles" in result.stderr and "Traceback" not in result.stderr
+    assert f"kvpack calibrate MODEL -o {old}" in result.stderr and not (tmp_path / "sprung").exists()
+
+
+def test_every_flag_of_the_old_scripts_is_taken_with_its_default():
+    options = make_parser("").parse_args(["MODEL"])
+    assert vars(options).items() >= {
+        "abits": 4, "perchannel": ["k_proj"], "pertoken": ["v_proj"], "include_sparse": False,
+        "sparsity_threshold": 0.99, "nuq": False, "first_few_fp16": -1, "datasets": "wikitext2", "seqlen": 2048,
+        "limit": 512, "nsamples": 16, "quantizer_path": None,
+    }.items()  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["kvquant_simquant_ppl_eval.py", "kvquant_llama3_simquant.py"])
+@pytest.mark.parametrize("bits", ["2", "3", "8", "16"])
+def test_all_old_flags_together_print_a_perplexity(files, script, bits):
+    model, text, _ = files
+    flags = ("--abits", bits, "--perchannel", '["k_proj"]', "--pertoken", '["v_proj"]', "--include_sparse")
+    flags += ("--sparsity_threshold", "0.98", "--first_few_fp16", "2")
+    result = run_script(script, model, *flags, "--text", text, *SHORT)
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert "perplexity" in last and (f"int{bits}+2%+sink2" in last or (bits == "16" and ": fp16 (oracle" in last))
+
+
+def test_sixteen_bits_give_the_unmodified_models_perplexity(files):
+    model, text, _ = files
+    result = run_script("kvquant_simquant_ppl_eval.py", model, "--abits", "16", "--text", text, *SHORT)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and len(lines) == 1 and "fp16 +0.0000" in lines[0], result.stdout + result.stderr

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 from listeners import Recorder
 from model_calibrations import make_calibration
+from safetensors.numpy import load_file, save_file
 from saved_models import save_tiny_model, write_words
+from typer.testing import CliRunner
 
+from kvpack.cli import app
 from kvpack.evaluate import Request, prepare, results, run
 from kvpack.models import load
 
@@ -74,6 +80,74 @@ def test_rows_of_another_calibration_are_not_resumed(files, tmp_path):
     other = make_calibration_like(files, tmp_path)
     with pytest.raises(results.ResultsError, match="calibration is"):
         prepare(make_request(files, "nuq2", json_path=path, limit=1, resume=True, calibration=other))
+
+
+def write_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Sprung(path.with_name("sprung"))))
+
+
+class Sprung:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def break_codebook(path: Path) -> None:
+    """Makes two centroids equal, byte for byte where they stand."""
+    content = path.read_bytes()
+    codebook = load_file(path)["layers.0.key.codebook3"]
+    changed = codebook.copy()
+    changed[3] = changed[2]
+    assert content.count(codebook.tobytes()) == 1
+    path.write_bytes(content.replace(codebook.tobytes(), changed.tobytes()))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (write_pickle, "never unpickles"),
+        (cut, "file not fully covered); make one with kvpack calibrate MODEL -o"),
+        (break_codebook, "centroid 2 is"),
+        (lambda path: path.write_bytes(os.urandom(500)), "c.pkl"),
+        (lambda path: path.write_bytes(b""), "c.pkl"),
+        (lambda path: path.unlink(), "No such file"),
+    ],
+    ids=["pickle", "cut", "equal centroids", "noise", "empty", "missing"],
+)
+@pytest.mark.parametrize("command", ["eval", "induction"])
+def test_hostile_files_are_one_message_before_the_weights(files, tmp_path, monkeypatch, command, spoil, words):
+    monkeypatch.setattr(load, "load_weights", None)
+    model, text, good = files
+    path = Path(shutil.copy(good, tmp_path / "c.pkl"))
+    spoil(path)
+    where = ("--text", text, "--seqlen", "24") if command == "eval" else ("--tokens", "24")
+    result = CliRunner().invoke(
+        app, [command, model, "--policy", "nuq3", *where, "--device", "cpu", "--calibration", str(path)]
+    )
+    assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.output, result.output
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_other_weights_of_the_same_shape_are_refused_by_their_fingerprint(files, tmp_path):
+    _, text, good = files
+    other = save_tiny_model(tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    for name in weights:
+        if name.endswith("k_proj.weight"):
+            weights[name] = -weights[name]
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["eval", str(other), "--policy", "nuq3", "--text", text, "--seqlen", "24", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, "--calibration", good])
+    assert result.exit_code == 1 and "belongs to another model" in result.stderr, result.output
+    assert result.stderr.count("signs-sha256:") == 2 and "Recalibrate with kvpack calibrate" in result.stderr
 
 
 def make_calibration_like(files, folder: Path) -> str:

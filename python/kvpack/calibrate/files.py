@@ -122,7 +122,10 @@ def load_calibration(path: str | Path, cls: type[ModelCalibration] | None) -> An
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, TypeError, OverflowError, RecursionError, KeyError) as error:
-        raise CalibrationError(f"{path} is no calibration: {error}") from error
+        # The library's own words for a torn file; what helps is said beside them.
+        raise CalibrationError(
+            f"{path} is no calibration ({error}); make one with kvpack calibrate MODEL -o {path}"
+        ) from error
 
 
 def _class_for(metadata: dict[str, str], cls: type[ModelCalibration] | None) -> type[ModelCalibration]:
