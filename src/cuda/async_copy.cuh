@@ -10,6 +10,11 @@ __device__ inline void copy_word_async(std::uint32_t shared, const void* global)
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 
+/// Starts a copy of 16 aligned bytes, past the first-level cache.
+__device__ inline void copy_quad_async(std::uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 /// Ends this thread's current group of copies.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

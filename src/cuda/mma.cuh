@@ -30,7 +30,15 @@ __device__ inline std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// Four 8x8 matrices of 16-bit numbers, transposed: lanes 8*j .. 8*j+7 give the row addresses of matrix j.
+/// Four 8x8 matrices of 16-bit numbers: lanes 8*j .. 8*j+7 give the row addresses of matrix j.
+__device__ inline void load_matrices(std::uint32_t (&a)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address)
+               : "memory");
+}
+
+/// The same, transposed: lanes 8*j .. 8*j+7 give the row addresses of matrix j.
 __device__ inline void load_matrices_transposed(std::uint32_t (&a)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])

@@ -9,6 +9,7 @@
 #include "dispatch/cuda_library.h"
 #include "evaluate/implementations.h"
 #include "formats/tile64/implementations.h"
+#include "klt/implementations.h"
 #include "prune/implementations.h"
 #include "quantize/implementations.h"
 #include "transform/implementations.h"
@@ -19,8 +20,8 @@ namespace {
 
 /// Naming the operation's type makes the compiler check the function against it.
 template <typename Function>
-Implementation cuda_row(Operation operation, Function function) {
-  return {operation, "cuda", DeviceKind::kCuda, 0, reinterpret_cast<AnyFunction>(function)};
+Implementation cuda_row(Operation operation, Function function, const char* name = "cuda") {
+  return {operation, name, DeviceKind::kCuda, 0, reinterpret_cast<AnyFunction>(function)};
 }
 
 /// What the GPUs of this machine are, and how many of them this library has code for.
@@ -70,6 +71,12 @@ extern "C" __attribute__((visibility("default"))) const kvpack::CudaLibrary* kvp
       cuda_row<CheckTile64Function>(Operation::kCheckTile64, cuda::check_tile64),
       cuda_row<MultiplyTile64Function>(Operation::kMultiplyTile64, cuda::multiply_tile64),
       cuda_row<AttendTile64Function>(Operation::kAttendTile64, cuda::attend_tile64),
+      cuda_row<SimulateKltFunction>(Operation::kSimulateKlt, cuda::chains::simulate_klt, "cuda_chains"),
+      cuda_row<SimulateKltFunction>(Operation::kSimulateKlt, cuda::simulate_klt),
+      cuda_row<CompressKltFunction>(Operation::kCompressKlt, cuda::chains::compress_klt, "cuda_chains"),
+      cuda_row<CompressKltFunction>(Operation::kCompressKlt, cuda::compress_klt),
+      cuda_row<UnpackKltFunction>(Operation::kUnpackKlt, cuda::chains::unpack_klt, "cuda_chains"),
+      cuda_row<UnpackKltFunction>(Operation::kUnpackKlt, cuda::unpack_klt),
       cuda_row<CompareTensorsFunction>(Operation::kCompareTensors, cuda::compare_tensors),
       cuda_row<CompareLogitsFunction>(Operation::kCompareLogits, cuda::compare_logits),
   };

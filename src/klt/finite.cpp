@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/divide_up.h"
 #include "core/half.h"
 #include "core/parallel.h"
 #include "core/with_type.h"
@@ -39,7 +40,7 @@ KltPlace find_nonfinite(const KltMatrix& x, std::int64_t sequences, std::int64_t
   const std::int64_t looked_at = tokens - first_token;
   if (looked_at <= 0 || sequences == 0 || channels == 0) return {};
   const std::int64_t block = 1 + kTaskElements / channels;
-  const std::int64_t blocks = (looked_at + block - 1) / block;
+  const std::int64_t blocks = divide_up(looked_at, block);
   return with_float_type(x.dtype, [&]<typename T>() {
     const auto row_of = [&](std::int64_t s, std::int64_t t) {
       return static_cast<const T*>(x.data) + s * x.sequence_stride + t * x.token_stride;

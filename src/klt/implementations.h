@@ -103,7 +103,10 @@ KVPACK_DECLARE_KLT
 }
 namespace cuda {  // in libkvpack_cuda
 KVPACK_DECLARE_KLT
+namespace chains {  // the CPU's bits, without tensor cores
+KVPACK_DECLARE_KLT
 }
+}  // namespace cuda
 #undef KVPACK_DECLARE_KLT
 
 }  // namespace kvpack

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/divide_up.h"
 #include "core/half.h"
 #include "core/parallel.h"
 #include "core/scratch.h"

@@ -13,10 +13,6 @@ inline constexpr std::int64_t kTaskTokens = 48;
 /// From so many tokens on the matrices are copied to panels.
 inline constexpr std::int64_t kManyTokens = 32;
 
-inline std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 /// Distance between tokens in working memory: whole vectors, and never a power of two, whose tokens would meet in few sets
 /// of the cache.
 inline std::int64_t token_stride(std::int64_t values) { return round_up(values, 32) + 16; }
@@ -281,7 +277,7 @@ inline void synthesise(const float* values, std::int64_t values_stride, const Ha
 /// Cuts the tokens [first, tokens) of all sequences into shares and runs them.
 template <typename Body>
 void for_each_share(std::int64_t sequences, std::int64_t first, std::int64_t tokens, Body&& body) {
-  const std::int64_t blocks = (tokens - first + kTaskTokens - 1) / kTaskTokens;
+  const std::int64_t blocks = divide_up(tokens - first, kTaskTokens);
   if (blocks <= 0) return;
   auto task = [&](std::int64_t index) {
     const std::int64_t begin = first + index % blocks * kTaskTokens;

@@ -102,7 +102,7 @@ inline void multiply_panels(const float* lhs, std::int64_t lhs_stride, std::int6
 
 /// Floats that pack_panels needs.
 inline std::int64_t panels_floats(std::int64_t depth, std::int64_t columns) {
-  return depth * ((columns + kLanes - 1) / kLanes * kLanes);
+  return depth * round_up(columns, kLanes);
 }
 
 /// Columns [first, first + width) of a matrix [depth, columns] as one panel; columns beyond the end are 0.
@@ -121,10 +121,10 @@ inline void pack_panel(const float* matrix, std::int64_t depth, std::int64_t col
 inline Panels make_panels(const float* matrix, std::int64_t depth, std::int64_t columns, bool copies, float* memory) {
   Panels panels;
   panels.depth = depth;
-  panels.count = (columns + kPanelWidth - 1) / kPanelWidth;
+  panels.count = divide_up(columns, kPanelWidth);
   if (panels.count == 0) return panels;
   const std::int64_t last_first = (panels.count - 1) * kPanelWidth;
-  panels.last_vectors = static_cast<int>((columns - last_first + kLanes - 1) / kLanes);
+  panels.last_vectors = static_cast<int>(divide_up(columns - last_first, kLanes));
   const std::int64_t last_width = panels.last_vectors * kLanes;
   if (copies) {
     auto task = [&](std::int64_t p) {

@@ -104,7 +104,7 @@ double klt_level_bits(std::int32_t levels) {
   const klt_rows::LevelParts parts = klt_rows::parts_of(index);
   double bits = parts.low_bits;
   if (parts.digit_section >= 0) {
-    const std::int32_t digits = klt_rows::kGroupDigits[parts.digit_section];
+    const std::int32_t digits = klt_rows::group_digits(parts.digit_section);
     bits += static_cast<double>(klt_rows::group_bits(parts.digit_section, digits)) / digits;
   }
   return bits;

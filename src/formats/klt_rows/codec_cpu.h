@@ -120,7 +120,7 @@ inline std::uint64_t number_of_digits(const std::uint8_t* digits, std::int32_t s
     return (load_word(digits) & 0xffffffu) * kPowers >> 16 & 0xff;
   }
   std::uint64_t number = 0;
-  for (int i = klt_rows::kGroupDigits[2] - 1; i >= 0; --i) number = number * 7 + digits[i];
+  for (int i = klt_rows::group_digits(2) - 1; i >= 0; --i) number = number * 7 + digits[i];
   return number;
 }
 
@@ -133,7 +133,7 @@ inline void pack_row(const klt_rows::RowLayout& layout, const PiecesPlan& plan, 
   for (std::int32_t s = 0; s < klt_rows::kNumFieldSections; ++s) {
     std::uint8_t* fields = pieces + plan.first[s];
     const std::int32_t count = plan.count[s];
-    const int width = klt_rows::kFieldBits[s];
+    const int width = klt_rows::field_bits(s);
     std::memset(fields + count, 0, 8);
     std::int32_t i = 0;
     for (; i + 8 <= count; i += 8) writer.put(squeeze_bytes(load_word(fields + i), width), 8 * width);
@@ -142,7 +142,7 @@ inline void pack_row(const klt_rows::RowLayout& layout, const PiecesPlan& plan, 
   for (std::int32_t s = 0; s < klt_rows::kNumDigitSections; ++s) {
     std::uint8_t* digits = pieces + plan.first[klt_rows::kNumFieldSections + s];
     const std::int32_t count = plan.count[klt_rows::kNumFieldSections + s];
-    const std::int32_t group = klt_rows::kGroupDigits[s];
+    const std::int32_t group = klt_rows::group_digits(s);
     std::memset(digits + count, 0, 8);
     std::int32_t i = 0;
     for (; i + group <= count; i += group) writer.put(number_of_digits(digits + i, s), klt_rows::group_bits(s, group));
@@ -181,7 +181,7 @@ inline std::uint64_t read_bits(const std::uint8_t* row, std::int64_t bit, int bi
 inline Half unpack_row(const klt_rows::RowLayout& layout, const PiecesPlan& plan, const std::uint8_t* row,
                        std::uint8_t* pieces) {
   for (std::int32_t s = 0; s < klt_rows::kNumFieldSections; ++s) {
-    const int width = klt_rows::kFieldBits[s];
+    const int width = klt_rows::field_bits(s);
     std::int64_t bit = layout.first_field_bit[s];
     for (std::int32_t i = 0; i < plan.count[s]; i += 8, bit += 8 * width) {
       const std::uint64_t bytes = spread_bytes(read_bits(row, bit, 8 * width), width);
@@ -191,7 +191,7 @@ inline Half unpack_row(const klt_rows::RowLayout& layout, const PiecesPlan& plan
   for (std::int32_t s = 0; s < klt_rows::kNumDigitSections; ++s) {
     std::uint8_t* digits = pieces + plan.first[klt_rows::kNumFieldSections + s];
     const std::int32_t count = plan.count[klt_rows::kNumFieldSections + s];
-    const std::int32_t group = klt_rows::kGroupDigits[s];
+    const std::int32_t group = klt_rows::group_digits(s);
     std::int64_t bit = layout.first_digit_bit[s];
     for (std::int32_t i = 0; i < count; i += group) {
       const std::int32_t bits = klt_rows::group_bits(s, count - i < group ? count - i : group);

@@ -31,13 +31,13 @@ struct Group {
 };
 
 Group group_of(const RowLayout& layout, std::int32_t section, std::int32_t index) {
-  const std::int32_t full = kGroupDigits[section];
+  const std::int32_t full = group_digits(section);
   const std::int32_t digits = std::min(full, layout.num_digits[section] - index * full);
   return {layout.first_digit_bit[section] + index * group_bits(section, full), group_bits(section, digits), digits};
 }
 
 std::int32_t num_groups(const RowLayout& layout, std::int32_t section) {
-  return (layout.num_digits[section] + kGroupDigits[section] - 1) / kGroupDigits[section];
+  return (layout.num_digits[section] + group_digits(section) - 1) / group_digits(section);
 }
 
 std::uint32_t power(std::int32_t base, std::int32_t exponent) {
@@ -82,8 +82,8 @@ void write_row(const RowLayout& layout, const TokenCodes& token, std::uint8_t* r
       const Group group = group_of(layout, s, g);
       std::uint32_t value = 0;
       for (std::int32_t i = group.digits - 1; i >= 0; --i) {
-        value = value * static_cast<std::uint32_t>(kDigitBase[s]) +
-                digits[s][static_cast<std::size_t>(g * kGroupDigits[s] + i)];
+        value = value * static_cast<std::uint32_t>(digit_base(s)) +
+                digits[s][static_cast<std::size_t>(g * group_digits(s) + i)];
       }
       put_bits(row, group.bit, group.bits, value);
     }
@@ -101,10 +101,10 @@ TokenCodes read_row(const RowLayout& layout, const std::uint8_t* row) {
     }
     if (parts.digit_section >= 0) {
       const std::int32_t s = parts.digit_section;
-      const Group group = group_of(layout, s, digit / kGroupDigits[s]);
+      const Group group = group_of(layout, s, digit / group_digits(s));
       const std::uint32_t value = get_bits(row, group.bit, group.bits);
-      const auto base = static_cast<std::uint32_t>(kDigitBase[s]);
-      code |= value / power(kDigitBase[s], digit % kGroupDigits[s]) % base << parts.low_bits;
+      const auto base = static_cast<std::uint32_t>(digit_base(s));
+      code |= value / power(digit_base(s), digit % group_digits(s)) % base << parts.low_bits;
     }
     token.codes.push_back(code);
   });
@@ -119,7 +119,7 @@ RowFinding check_row(const RowLayout& layout, const std::uint8_t* row) {
     for (std::int32_t g = 0; g < num_groups(layout, s); ++g) {
       const Group group = group_of(layout, s, g);
       const std::uint32_t value = get_bits(row, group.bit, group.bits);
-      const std::uint32_t end = power(kDigitBase[s], group.digits);
+      const std::uint32_t end = power(digit_base(s), group.digits);
       if (value >= end) return {RowFault::kDigits, group.bit, value, end};
     }
   }

@@ -18,11 +18,23 @@ inline constexpr std::int32_t kScaleBits = 16;
 
 /// Sections of a row in their order: fields of so many bits, then digits of so large a base.
 inline constexpr std::int32_t kNumFieldSections = 6;
-inline constexpr std::int32_t kFieldBits[kNumFieldSections] = {4, 2, 1, 6, 5, 3};
 inline constexpr std::int32_t kNumDigitSections = 3;
-inline constexpr std::int32_t kDigitBase[kNumDigitSections] = {3, 5, 7};
-inline constexpr std::int32_t kGroupDigits[kNumDigitSections] = {5, 3, 6};
 inline constexpr std::int32_t kMaxGroupDigits = 6;
+
+/// Bits of a field.
+KVPACK_HOST_DEVICE constexpr std::int32_t field_bits(std::int32_t section) {
+  constexpr std::int32_t kBits[kNumFieldSections] = {4, 2, 1, 6, 5, 3};
+  return kBits[section];
+}
+
+/// Digits are below this.
+KVPACK_HOST_DEVICE constexpr std::int32_t digit_base(std::int32_t section) { return 2 * section + 3; }
+
+/// Digits of a group.
+KVPACK_HOST_DEVICE constexpr std::int32_t group_digits(std::int32_t section) {
+  constexpr std::int32_t kDigits[kNumDigitSections] = {5, 3, 6};
+  return kDigits[section];
+}
 
 /// Bits of a group of `digits` digits: enough for base^digits.
 KVPACK_HOST_DEVICE constexpr std::int32_t group_bits(std::int32_t section, std::int32_t digits) {
@@ -69,8 +81,8 @@ struct RowLayout {
 
 /// Bits of `count` digits of a section.
 constexpr std::int32_t digits_bits(std::int32_t section, std::int32_t count) {
-  return count / kGroupDigits[section] * group_bits(section, kGroupDigits[section]) +
-         group_bits(section, count % kGroupDigits[section]);
+  return count / group_digits(section) * group_bits(section, group_digits(section)) +
+         group_bits(section, count % group_digits(section));
 }
 
 /// The layout of rows with counts[i] coefficients of kKltLevels[i] each. No coefficient: no byte, not even r.
@@ -87,7 +99,7 @@ constexpr RowLayout make_layout(const std::int32_t (&counts)[kNumKltLevels], std
   layout.bits = kScaleBits;
   for (std::int32_t s = 0; s < kNumFieldSections; ++s) {
     layout.first_field_bit[s] = layout.bits;
-    layout.bits += layout.num_fields[s] * kFieldBits[s];
+    layout.bits += layout.num_fields[s] * field_bits(s);
   }
   for (std::int32_t s = 0; s < kNumDigitSections; ++s) {
     layout.first_digit_bit[s] = layout.bits;

@@ -1,0 +1,281 @@
+// Transform-coded rows on the GPU: products (product_tensor_cuda.cuh, or product_chain_cuda.cuh with the CPU's bits), and
+// between them the codec of the rows. Tokens go through in chunks, so that temporary memory stays bounded.
+//
+//   compress   x -> product -> z [chunk, coefficients] -> pack_kernel -> rows
+//   unpack     rows -> expand_kernel -> centroids [chunk, coded] -> product -> out, or float32 -> rotate_kernel -> out
+//   simulate   x -> product -> z -> quantize_kernel -> centroids in place -> product -> out
+#include <algorithm>
+
+#include "core/with_type.h"
+#include "cuda/buffer.h"
+#include "cuda/check.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
+#include "formats/klt_rows/codec_cuda.cuh"
+#include "klt/implementations.h"
+#include "klt/product_chain_cuda.cuh"
+#include "klt/product_tensor_cuda.cuh"
+
+namespace kvpack::cuda {
+
+namespace {
+
+/// Tokens of a chunk: 5 waves of blocks on the largest GPUs for 640 coefficients, and 84 MB of float32.
+constexpr std::int64_t kChunkRows = 32768;
+
+enum class Arithmetic : std::int32_t { kChains, kTensorCores };
+
+/// A matrix on the right side of products, in the form that the arithmetic wants.
+class Factors {
+ public:
+  Factors(Arithmetic arithmetic, const float* matrix, std::int32_t depth, std::int32_t columns, cudaStream_t stream)
+      : arithmetic_(arithmetic),
+        matrix_(matrix),
+        depth_(depth),
+        columns_(columns),
+        split_(matrix, arithmetic == Arithmetic::kTensorCores ? depth : 0, columns, stream),
+        stream_(stream) {}
+  template <typename T, typename Store>
+  void multiply(const ProductRows<T>& lhs, const Store& store) const {
+    if (arithmetic_ == Arithmetic::kChains) {
+      launch_chain_product<T>(lhs, matrix_, depth_, columns_, store, stream_);
+    } else {
+      launch_tensor_product<T>(lhs, split_.view(), depth_, columns_, store, stream_);
+    }
+  }
+
+ private:
+  Arithmetic arithmetic_;
+  const float* matrix_;
+  std::int32_t depth_;
+  std::int32_t columns_;
+  SplitMatrixMemory split_;
+  cudaStream_t stream_;
+};
+
+/// Copies the protected tokens. A thread per element.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    copy_tokens_kernel(KltMatrix x, KltMatrix out, TokenSpan span, std::int32_t channels) {
+  const std::int64_t elements = span.rows * channels;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x; i < elements;
+       i += static_cast<std::int64_t>(gridDim.x) * 256) {
+    const std::int64_t channel = i % channels;
+    token_of<T>(out, span, i / channels)[channel * out.channel_stride] =
+        token_of<const T>(x, span, i / channels)[channel * x.channel_stride];
+  }
+}
+
+/// Rotates heads of float32 tokens and rounds them to out.
+///
+/// Launch  any number of blocks of 256
+/// Work    a thread per channel: its partner is half a width away
+/// Reads   dense twice, from the cache the second time; cos and sin from the cache
+/// Writes  out once
+/// Needs   nothing
+template <typename T>
+__global__ void __launch_bounds__(256)
+    rotate_kernel(const float* dense, KltRopeData rope, KltMatrix out, TokenSpan span, std::int32_t channels) {
+  const std::int64_t elements = span.rows * channels;
+  const std::int32_t half = rope.width / 2;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x; i < elements;
+       i += static_cast<std::int64_t>(gridDim.x) * 256) {
+    const std::int64_t row = i / channels;
+    const auto channel = static_cast<std::int32_t>(i % channels);
+    const std::int32_t place = channel % rope.head_dim;
+    const std::int64_t angle = (span.first_token + (span.first_row + row) % span.tokens) * rope.width + place;
+    float value = dense[i];
+    if (place < half) {
+      value = value * rope.cos[angle] + -dense[i + half] * rope.sin[angle];
+    } else if (place < rope.width) {
+      value = value * rope.cos[angle] + dense[i - half] * rope.sin[angle];
+    }
+    set_element(value, token_of<T>(out, span, row)[channel * out.channel_stride]);
+  }
+}
+
+/// What a call needs besides its tensors: descriptions of the coefficients, and one chunk's numbers.
+class Workplace {
+ public:
+  Workplace(const KltData& table, std::int64_t total_rows, cudaStream_t stream)
+      : plan_(plan_rows(table.layout)),
+        pitch_(round_up(std::max(table.coefficients, 1), 32)),
+        chunk_(std::min(std::max<std::int64_t>(total_rows, 1), kChunkRows)),
+        coefficients_(std::max(plan_.layout.coded, 1), stream),
+        boundaries_(std::max(plan_.boundaries, 1), stream),
+        values_(chunk_ * pitch_, stream),
+        scales_(chunk_, stream) {
+    if (plan_.layout.coded == 0) return;
+    const auto blocks = static_cast<int>(divide_up(plan_.layout.coded, rows::kThreads));
+    rows::describe_kernel<<<blocks, rows::kThreads, 0, stream>>>(plan_, table.centroids, coefficients_.data(),
+                                                                 boundaries_.data());
+    check_cuda(cudaGetLastError(), "launch the description of coefficients");
+  }
+  [[nodiscard]] rows::Parts parts(const KltData& table, const KltRowsData& bytes, std::int64_t tokens,
+                                  std::int64_t first_row, std::int64_t num_rows) const {
+    return {plan_,
+            coefficients_.data(),
+            boundaries_.data(),
+            table.centroids,
+            table.in_scale,
+            table.coefficients,
+            values_.data(),
+            pitch_,
+            scales_.data(),
+            bytes,
+            tokens,
+            first_row,
+            num_rows};
+  }
+  [[nodiscard]] std::int64_t chunk() const { return chunk_; }
+  [[nodiscard]] const RowPlan& plan() const { return plan_; }
+  [[nodiscard]] StoreSums sums() const { return {values_.data(), pitch_}; }
+  [[nodiscard]] const float* scales() const { return scales_.data(); }
+  /// The chunk's centroids as rows of a product.
+  [[nodiscard]] ProductRows<float> values(std::int64_t rows) const {
+    return {{values_.data(), DType::kFloat32, 0, pitch_, 1}, {0, std::max<std::int64_t>(rows, 1), 0, rows}, nullptr};
+  }
+
+ private:
+  RowPlan plan_;
+  std::int64_t pitch_;
+  std::int64_t chunk_;
+  DeviceBuffer<Coefficient> coefficients_;
+  DeviceBuffer<float> boundaries_;
+  DeviceBuffer<float> values_;
+  DeviceBuffer<float> scales_;
+};
+
+/// Tokens that a warp of the codec takes together, where their pieces fit into shared memory: coefficients and boundaries
+/// are read once for them.
+constexpr int kTogether = 4;
+
+/// Blocks of the codec's kernels: a warp for `together` rows.
+int codec_blocks(std::int64_t num_rows, int together) {
+  return grid_blocks(divide_up(num_rows, rows::kWarps * together));
+}
+
+template <int kTokens>
+void launch_pack(const rows::Parts& parts, cudaStream_t stream) {
+  const int bytes = rows::kWarps * kTokens * parts.plan.pieces;
+  rows::pack_kernel<kTokens><<<codec_blocks(parts.num_rows, kTokens), rows::kThreads, bytes, stream>>>(parts);
+  check_cuda(cudaGetLastError(), "launch the packing of rows");
+}
+
+/// Calls body(span) for each chunk of rows.
+template <typename Body>
+void for_each_chunk(std::int64_t sequences, std::int64_t first_token, std::int64_t tokens, std::int64_t chunk,
+                    Body&& body) {
+  const std::int64_t total = sequences * tokens;
+  for (std::int64_t first = 0; first < total; first += chunk) {
+    body(TokenSpan{first_token, tokens, first, std::min(chunk, total - first)});
+  }
+}
+
+/// The rows' words are read and written as 16 bits.
+void require_even(const KltRowsData& bytes) {
+  const bool is_even = reinterpret_cast<std::uintptr_t>(bytes.data) % 2 == 0 && bytes.sequence_stride % 2 == 0;
+  require(is_even, "rows begin at ", static_cast<const void*>(bytes.data), " with ", bytes.sequence_stride,
+          " bytes between sequences; on a GPU both are even");
+}
+
+/// Coefficients of a chunk into the workplace.
+void analyse(const KltMatrix& x, const TokenSpan& span, const KltData& table, const Factors& analysis,
+             const Workplace& place) {
+  with_float_type(x.dtype, [&]<typename T>() { analysis.multiply(ProductRows<T>{x, span, table.mean}, place.sums()); });
+}
+
+/// Centroids and scales in the workplace into tokens.
+void synthesise(const KltData& table, const Factors& synthesis, const Workplace& place, const KltRopeData& rope,
+                const KltMatrix& out, const TokenSpan& span, float* dense, cudaStream_t stream) {
+  const ProductRows<float> values = place.values(span.rows);
+  with_float_type(out.dtype, [&]<typename T>() {
+    if (rope.width == 0) {
+      synthesis.multiply(values, StoreTokens<T>{out, span, place.scales(), table.mean});
+      return;
+    }
+    synthesis.multiply(values, StoreScaled{dense, table.channels, place.scales(), table.mean});
+    const int blocks = grid_blocks(divide_up(span.rows * table.channels, 256));
+    rotate_kernel<T><<<blocks, 256, 0, stream>>>(dense, rope, out, span, table.channels);
+    check_cuda(cudaGetLastError(), "launch the rotation of keys");
+  });
+}
+
+void compress(const CompressKltProblem& problem, Arithmetic arithmetic) {
+  const DeviceGuard device(problem.x.data, "x");
+  require_even(problem.rows);
+  const auto stream = static_cast<cudaStream_t>(problem.stream);
+  const KltData& table = problem.table;
+  const Workplace place(table, problem.sequences * problem.tokens, stream);
+  const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, stream);
+  // Of the 48 KB that need no permission; for one token at a time they are always enough.
+  constexpr int kMostBytes = 48 << 10;
+  const bool fits = rows::kWarps * kTogether * place.plan().pieces <= kMostBytes;
+  for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
+    analyse(problem.x, span, table, analysis, place);
+    const rows::Parts parts = place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows);
+    fits ? launch_pack<kTogether>(parts, stream) : launch_pack<1>(parts, stream);
+  });
+}
+
+void unpack(const UnpackKltProblem& problem, Arithmetic arithmetic) {
+  const DeviceGuard device(problem.out.data, "out");
+  require_even(problem.rows);
+  const auto stream = static_cast<cudaStream_t>(problem.stream);
+  const KltData& table = problem.table;
+  const Workplace place(table, problem.sequences * problem.tokens, stream);
+  const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, stream);
+  const DeviceBuffer<float> dense(problem.rope.width > 0 ? place.chunk() * table.channels : 1, stream);
+  constexpr std::int32_t kMostSharedCentroids = 8192;  // 32 KB: several blocks still fit on a multiprocessor
+  const std::int32_t shared = place.plan().centroids <= kMostSharedCentroids ? place.plan().centroids : 0;
+  // A block fills its shared memory once, so few blocks with many rows each are enough.
+  constexpr int kMostBlocks = 132 * 8;
+  for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
+    rows::expand_kernel<kTogether>
+        <<<std::min(codec_blocks(span.rows, kTogether), kMostBlocks), rows::kThreads, 4 * shared, stream>>>(
+            place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), shared);
+    check_cuda(cudaGetLastError(), "launch the reading of rows");
+    synthesise(table, synthesis, place, problem.rope, problem.out, span, dense.data(), stream);
+  });
+}
+
+void simulate(const SimulateKltProblem& problem, Arithmetic arithmetic) {
+  const DeviceGuard device(problem.x.data, "x");
+  const auto stream = static_cast<cudaStream_t>(problem.stream);
+  const KltData& table = problem.table;
+  const std::int64_t first = problem.protected_tokens;
+  const std::int64_t tokens = problem.tokens - first;
+  if (first > 0) {
+    const TokenSpan span{0, first, 0, problem.sequences * first};
+    with_float_type(problem.x.dtype, [&]<typename T>() {
+      copy_tokens_kernel<T><<<grid_blocks(divide_up(span.rows * table.channels, 256)), 256, 0, stream>>>(
+          problem.x, problem.out, span, table.channels);
+      check_cuda(cudaGetLastError(), "launch the copy of protected tokens");
+    });
+  }
+  if (tokens == 0) return;
+  const Workplace place(table, problem.sequences * tokens, stream);
+  const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, stream);
+  const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, stream);
+  for_each_chunk(problem.sequences, first, tokens, place.chunk(), [&](const TokenSpan& span) {
+    analyse(problem.x, span, table, analysis, place);
+    rows::quantize_kernel<kTogether><<<codec_blocks(span.rows, kTogether), rows::kThreads, 0, stream>>>(
+        place.parts(table, {}, tokens, span.first_row, span.rows));
+    check_cuda(cudaGetLastError(), "launch the quantisation of coefficients");
+    synthesise(table, synthesis, place, {}, problem.out, span, nullptr, stream);
+  });
+}
+
+}  // namespace
+
+void compress_klt(const CompressKltProblem& problem) { compress(problem, Arithmetic::kTensorCores); }
+void unpack_klt(const UnpackKltProblem& problem) { unpack(problem, Arithmetic::kTensorCores); }
+void simulate_klt(const SimulateKltProblem& problem) { simulate(problem, Arithmetic::kTensorCores); }
+
+namespace chains {
+void compress_klt(const CompressKltProblem& problem) { compress(problem, Arithmetic::kChains); }
+void unpack_klt(const UnpackKltProblem& problem) { unpack(problem, Arithmetic::kChains); }
+void simulate_klt(const SimulateKltProblem& problem) { simulate(problem, Arithmetic::kChains); }
+}  // namespace chains
+
+}  // namespace kvpack::cuda

@@ -1,0 +1,207 @@
+"""Transform-coded rows on CUDA: the law, the CPU's bits from `cuda_chains`, the stated bound from `cuda`."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from cuda_tensors import GPU, PADDED, PLAIN, STRIDED, Guarded, assert_same_bits, fill, place
+from klt_decoder import decode_row, make_parts
+
+from kvpack import ops
+from kvpack.klt import KltTable, KltTables, check_klt, compress_klt, simulate_klt, unpack_klt
+
+pytestmark = GPU
+
+ALL_LEVELS = [64, 32, 20, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2]
+
+
+def mixed(count: int, dropped: int) -> list[int]:
+    """`count` coefficients of all numbers of levels, and some that only enter the scale."""
+    return [ALL_LEVELS[k * 13 // count] for k in range(count)] + [1] * dropped
+
+
+# Around the tiles of both products (64 and 128 rows and columns, 16 and 32 inputs) and the warps of the codec.
+CASES = {
+    "one channel": (1, [2]),
+    "nothing coded": (8, [1, 1]),
+    "below a tile": (33, mixed(26, 5)),
+    "a head": (64, mixed(41, 9)),
+    "SmolLM2": (192, mixed(127, 20)),
+    "a tile of columns": (128, mixed(128, 0)),
+    "one more than a tile": (129, mixed(129, 0)),
+    "trits": (80, [3] * 80),
+    "large": (1024, mixed(619, 40)),
+    "many pieces": (1200, [20] * 600 + [12] * 590),
+}
+
+
+@cache
+def make_tables(name: str, alignment: int = 2) -> KltTables:
+    channels, levels = CASES[name]
+    return KltTables((KltTable(**make_parts(channels, levels), row_alignment=alignment),))
+
+
+@pytest.fixture(params=["cuda_chains", "cuda"])
+def implementation(request):
+    ops.force_implementation(request.param)
+    yield request.param
+    ops.force_implementation("")
+
+
+def on_reference(function):
+    """Runs something on the CPU's reference."""
+    ops.force_implementation("reference")
+    try:
+        return function()
+    finally:
+        ops.force_implementation("")
+
+
+@pytest.mark.parametrize("layout", [PLAIN, PADDED, STRIDED])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 5, 128, 300])
+@pytest.mark.parametrize("name", CASES)
+def test_unpacking_gives_what_simulation_gives(implementation, name, tokens, dtype, layout):
+    tables = make_tables(name).to("cuda")
+    source = place(fill("normal", tokens, tables.channels, dtype), layout)
+    rows = compress_klt(source.view, tables)
+    assert ops.last_implementation() == implementation or tables.row_bytes == 0
+    target = Guarded(source.view.shape, dtype, layout)
+    unpack_klt(rows, tables, out=target.view)
+    simulated = Guarded(source.view.shape, dtype, layout)
+    simulate_klt(source.view, tables, out=simulated.view)
+    assert_same_bits(target.view, simulated.view, name)
+    assert target.guards_are_intact() and simulated.guards_are_intact() and source.guards_are_intact()
+    check_klt(rows, make_tables(name))
+    simulate_klt(source.view, tables, out=source.view)
+    assert_same_bits(target.view, source.view, "in place")
+    assert source.guards_are_intact()
+
+
+@pytest.mark.parametrize("kind", ["normal", "denormal", "huge", "zeros", "constant"])
+@pytest.mark.parametrize("name", CASES)
+def test_chains_give_the_bytes_and_floats_of_the_reference(name, kind):
+    tables = make_tables(name)
+    x = fill(kind, 70, tables.channels, torch.float32)
+    expected = on_reference(lambda: compress_klt(x, tables))
+    unpacked = on_reference(lambda: unpack_klt(expected, tables))
+    ops.force_implementation("cuda_chains")
+    try:
+        on_gpu = tables.to("cuda")
+        rows = compress_klt(x.cuda(), on_gpu)
+        for a, b in zip(expected.blocks, rows.blocks, strict=True):
+            assert torch.equal(a, b.cpu()), f"{(a != b.cpu()).sum()} bytes differ"
+        assert_same_bits(unpacked, unpack_klt(rows, on_gpu), name)
+    finally:
+        ops.force_implementation("")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensor_cores_stay_within_the_bound(name):
+    """docs/decisions/0007: a code moves only where the bound around the coefficient holds a boundary, and by one."""
+    tables = make_tables(name)
+    table = tables.blocks[0]
+    if table.coded == 0:
+        pytest.skip("no codes to compare")
+    x = fill("normal", 150, table.channels, torch.float32)
+    on_gpu = tables.to("cuda")
+    rows = compress_klt(x.cuda(), on_gpu)
+    centred = (x.numpy() - table.mean).astype(np.float64)
+    z = centred @ table.analysis
+    unit = 3 * 2.0**-18 + (table.channels + 32) * 2.0**-23
+    bound = unit * (np.abs(centred) @ np.abs(table.analysis.astype(np.float64)))
+    scales = np.sqrt((z[:, table.in_scale == 1] ** 2).mean(1))
+    levels = table.levels[table.levels > 1].tolist()
+    for t, row in enumerate(rows.blocks[0].cpu().numpy()):
+        scale, codes = decode_row(row.tobytes(), levels)
+        assert abs(scale - scales[t]) <= scales[t] * 2**-11 + bound[t].max()
+        first = 0
+        for k, (code, count) in enumerate(zip(codes, levels, strict=True)):
+            centroids = table.centroids[first : first + count].astype(np.float64)
+            distances = np.abs(z[t, k] / scale - centroids)
+            slack = 2 * bound[t, k] / scale + 1e-6 * (abs(z[t, k]) / scale + np.abs(centroids).max())
+            assert distances[code] <= distances.min() + slack, (t, k)
+            first += count
+    unpacked = unpack_klt(rows, on_gpu).cpu().double().numpy()
+    values = np.empty((150, len(levels)))
+    row_scales = np.empty(150)
+    for t, row in enumerate(rows.blocks[0].cpu().numpy()):
+        row_scales[t], codes = decode_row(row.tobytes(), levels)
+        starts = np.cumsum([0, *levels[:-1]])
+        values[t] = table.centroids[starts + codes]
+    exact = table.mean + row_scales[:, None] * (values @ table.synthesis.astype(np.float64))
+    unit = 3 * 2.0**-18 + (len(levels) + 32) * 2.0**-23
+    limit = unit * row_scales[:, None] * (np.abs(values) @ np.abs(table.synthesis.astype(np.float64)))
+    assert (np.abs(unpacked - exact) <= limit + 2.0**-22 * (np.abs(exact) + np.abs(table.mean))).all()
+
+
+@pytest.mark.parametrize("protected", [0, 1, 40])
+def test_batches_and_protected_tokens(implementation, protected):
+    tables = KltTables(make_tables("a head").blocks + make_tables("below a tile", 16).blocks).to("cuda")
+    x = torch.randn(3, 33, 97, generator=torch.Generator().manual_seed(1)).cuda()
+    rows = compress_klt(x, tables, protected_tokens=protected)
+    simulated = simulate_klt(x, tables, protected_tokens=protected)
+    assert torch.equal(unpack_klt(rows, tables), simulated)
+    assert torch.equal(simulated[:, :protected], x[:, :protected])
+    one = compress_klt(x[1], tables, protected_tokens=protected)
+    for a, b in zip(one.blocks, rows.blocks, strict=True):
+        assert torch.equal(a, b[1]), "a token's bytes depend on its neighbours"
+
+
+@pytest.mark.parametrize("width", [64, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_keys_are_rotated(implementation, dtype, width):
+    tables = make_tables("SmolLM2").to("cuda")
+    x = torch.randn(2, 35, 192, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
+    angles = torch.randn(35, width // 2, generator=torch.Generator().manual_seed(2)).repeat(1, 2)
+    cos, sin = angles.cos().cuda(), angles.sin().cuda()
+    rows = compress_klt(x, tables)
+    plain = unpack_klt(rows, tables, out=torch.empty(2, 35, 192, device="cuda")).reshape(2, 35, 3, 64)
+    turned, rest = plain[..., :width], plain[..., width:]
+    halves = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), -1)
+    expected = torch.cat((turned * cos[:, None] + halves * sin[:, None], rest), -1).reshape(2, 35, 192).to(dtype)
+    assert_same_bits(expected, unpack_klt(rows, tables, rope=(cos, sin), head_dim=64), "rotated")
+
+
+def test_chunks_join_without_a_seam(implementation):
+    tables = make_tables("a head").to("cuda")
+    x = torch.randn(40000, 64, generator=torch.Generator().manual_seed(1)).cuda()
+    rows = compress_klt(x, tables)
+    for first in (0, 32767, 32768, 39999):
+        alone = compress_klt(x[first : first + 1], tables)
+        assert torch.equal(alone.blocks[0][0], rows.blocks[0][first])
+    assert torch.equal(unpack_klt(rows, tables), simulate_klt(x, tables))
+
+
+def test_hostile_rows_decode_to_something(implementation):
+    tables = make_tables("SmolLM2").to("cuda")
+    rows = compress_klt(torch.randn(64, 192).cuda(), tables)
+    rows.blocks[0].random_(0, 256)
+    unpack_klt(rows, tables)
+    torch.cuda.synchronize()
+
+
+def test_numbers_that_are_not_finite_stay_in_their_token(implementation):
+    tables = make_tables("SmolLM2").to("cuda")
+    x = torch.randn(130, 192).cuda()
+    clean = compress_klt(x, tables).blocks[0].clone()
+    x[7, 3], x[128, 0] = torch.nan, torch.inf
+    rows = compress_klt(x, tables)
+    others = [t for t in range(130) if t not in (7, 128)]
+    assert torch.equal(rows.blocks[0][others], clean[others])
+    check_klt(rows, make_tables("SmolLM2"))
+
+
+def test_calls_can_be_captured(implementation):
+    tables = make_tables("SmolLM2").to("cuda")
+    x = torch.randn(200, 192).cuda()
+    out = torch.empty_like(x)
+    simulate_klt(x, tables, out=out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        simulate_klt(x, tables, out=out)
+    x.copy_(torch.randn(200, 192))
+    graph.replay()
+    assert torch.equal(out, simulate_klt(x, tables))
