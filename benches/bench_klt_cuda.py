@@ -1,8 +1,8 @@
 """Transform-coded rows on the GPU beside a device copy, a bfloat16 product and torch's float32 product, in one run.
 
 Each case is checked before it is timed: the law unpack(compress(x)) = simulate(x), and codes against those of
-`cuda_chains`, which has the CPU's bits. The floor of a case is the larger of its memory time (x or out once and the rows
-once, at the rate of a copy) and its tensor-core time (three bfloat16 products, at the rate of a large one).
+`cuda_chains`, which has the CPU's bits. The floor of a case is the larger of its memory time (x or out once and the
+rows once, at the rate of a copy) and its tensor-core time (three bfloat16 products, at the rate of a large one).
 
     python benches/bench_klt_cuda.py [--no-write]
 """
@@ -102,7 +102,7 @@ def main() -> None:
                 print(
                     f"{row['case']:58} {row['us']:9.1f} us ({row['range_us'][0]:.1f} to {row['range_us'][1]:.1f},"
                     f" {row['how']}) floor {row['floor_us']:7.1f} us = {row['share_of_floor']:4.0%}; chains"
-                    f" {row['cuda_chains_us']:.0f} us, torch's float32 product {row['torch_float32_product_us']:.0f} us,"
+                    f" {row['cuda_chains_us']:.0f}, torch's float32 product {row['torch_float32_product_us']:.0f} us,"
                     f" {row['bytes_that_differ']:.4%} of bytes differ",
                     flush=True,
                 )

@@ -109,7 +109,7 @@ def test_tensor_cores_stay_within_the_bound(name):
     rows = compress_klt(x.cuda(), on_gpu)
     centred = (x.numpy() - table.mean).astype(np.float64)
     z = centred @ table.analysis
-    unit = 3 * 2.0**-18 + (table.channels + 32) * 2.0**-23
+    unit = 3 * 2.0**-18 + (3 * table.channels + 32) * 2.0**-23
     bound = unit * (np.abs(centred) @ np.abs(table.analysis.astype(np.float64)))
     scales = np.sqrt((z[:, table.in_scale == 1] ** 2).mean(1))
     levels = table.levels[table.levels > 1].tolist()
@@ -131,7 +131,7 @@ def test_tensor_cores_stay_within_the_bound(name):
         starts = np.cumsum([0, *levels[:-1]])
         values[t] = table.centroids[starts + codes]
     exact = table.mean + row_scales[:, None] * (values @ table.synthesis.astype(np.float64))
-    unit = 3 * 2.0**-18 + (len(levels) + 32) * 2.0**-23
+    unit = 3 * 2.0**-18 + (3 * len(levels) + 32) * 2.0**-23
     limit = unit * row_scales[:, None] * (np.abs(values) @ np.abs(table.synthesis.astype(np.float64)))
     assert (np.abs(unpacked - exact) <= limit + 2.0**-22 * (np.abs(exact) + np.abs(table.mean))).all()
 
