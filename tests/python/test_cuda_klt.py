@@ -12,6 +12,7 @@ from kvpack import ops
 from kvpack.klt import KltTable, KltTables, check_klt, compress_klt, simulate_klt, unpack_klt
 
 pytestmark = GPU
+IMPLEMENTATIONS = ["cuda_chains", "cuda"]
 
 ALL_LEVELS = [64, 32, 20, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2]
 
@@ -40,13 +41,6 @@ CASES = {
 def make_tables(name: str, alignment: int = 2) -> KltTables:
     channels, levels = CASES[name]
     return KltTables((KltTable(**make_parts(channels, levels), row_alignment=alignment),))
-
-
-@pytest.fixture(params=["cuda_chains", "cuda"])
-def implementation(request):
-    ops.force_implementation(request.param)
-    yield request.param
-    ops.force_implementation("")
 
 
 def on_reference(function):

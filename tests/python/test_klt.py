@@ -6,7 +6,7 @@ import torch
 from klt_decoder import decode_row, make_parts, unpack
 
 from kvpack.klt import KltTable, KltTables, check_klt, compress_klt, simulate_klt, unpack_klt
-from kvpack.ops import force_implementation, list_implementations
+from kvpack.ops import list_implementations
 
 LEVELS = [64, 32, 20, 20, 16, 12, 12, 10, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 3, 2, 2, 1, 1]
 IMPLEMENTATIONS = [
@@ -22,17 +22,6 @@ def make_tables(blocks=((32, LEVELS), (16, [4] * 11 + [3] * 5)), seed=3) -> KltT
 
 def make_x(shape, dtype=torch.float32, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    """Each implementation of this machine in turn."""
-    available = {row["name"]: row["available"] for row in list_implementations() if row["operation"] == "compress_klt"}
-    if not available[request.param]:
-        pytest.skip(f"this processor cannot run {request.param}")
-    force_implementation(request.param)
-    yield request.param
-    force_implementation("")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
