@@ -15,6 +15,8 @@ from kvpack.calibrate.base import CalibrationError
 from kvpack.calibrate.klt_calibration import GRID_LEVELS, LEVELS, KltBlocks, LayerKlt
 
 _CHUNK_TOKENS = 4096
+_GRID_TOKENS = 4096
+"""A grid has two numbers, and needs fewer tokens than 64 centroids do; its fit takes time in proportion to them."""
 _FISHER_RIDGE = 1e-3
 _COVARIANCE_RIDGE = 1e-7
 """Of the mean of the diagonal: directions that no token had get a variance, a small one, so that no scale is 0."""
@@ -174,7 +176,8 @@ def _fit_codebooks(y: torch.Tensor, variances: torch.Tensor) -> tuple[np.ndarray
     # Keys or values that never change have no r above 0, and nothing to fit.
     weights = squares.float().numpy() if bool((squares > 0).any()) else None
     codebooks = calibrate_klt_codebooks(z, LEVELS, weights)
-    grids = calibrate_klt_grids(z, GRID_LEVELS, weights)
+    every = -(-len(z) // _GRID_TOKENS)
+    grids = calibrate_klt_grids(z[::every], GRID_LEVELS, None if weights is None else weights[::every])
     pairs = np.stack((grids.offsets, grids.steps), axis=2)
     return codebooks.centroids, codebooks.errors * loss, pairs, grids.errors * loss
 
