@@ -31,7 +31,7 @@ DEMO_POLICIES ?= int8 int4 int4+1%+sink int3 int3+1%+sink int2+1%+sink kivi-4+si
   mustafar-70 klt-3.4+sink klt-2.4+sink klt-2+sink
 # Half of the text is measured; from the other half and from other text come the samples that klt is calibrated on.
 DEMO_FLAGS ?= --seqlen 2048 --limit 4
-DEMO_CALIBRATION ?= --nsamples 6 --seqlen 1024
+DEMO_CALIBRATION ?= --nsamples 4 --seqlen 1024
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 
