@@ -295,6 +295,7 @@ struct TaskMemory {
     dense = pieces.floats(kTaskTokens * dense_stride);
     coefficients = pieces.floats(kTaskTokens * coefficients_stride);
     codes = pieces.bytes(plan.bytes);
+    std::memset(codes, 0, static_cast<std::size_t>(plan.bytes));  // vectors look at a few bytes behind a section
     row = pieces.bytes(row_bytes);
   }
   std::int64_t dense_stride;

@@ -105,6 +105,7 @@ class Workplace {
         boundaries_(std::max(plan_.boundaries, 1), stream),
         values_(chunk_ * pitch_, stream),
         scales_(chunk_, stream) {
+    keep_temporary_memory();  // decoding synchronises after every token
     if (plan_.layout.coded == 0) return;
     const auto blocks = static_cast<int>(divide_up(plan_.layout.coded, rows::kThreads));
     rows::describe_kernel<<<blocks, rows::kThreads, 0, stream>>>(plan_, table.centroids, coefficients_.data(),
