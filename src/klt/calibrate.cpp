@@ -187,20 +187,43 @@ struct GridFit {
   double error = std::numeric_limits<double>::infinity();
 };
 
-/// Regression of the points on the codes that `grid` gives them; a grid that gives one code alone stays as it is.
-GridFit refit_grid(const WeightedPoints& points, std::int32_t levels, const GridFit& grid) {
+/// Sums over sorted points up to each one, of which those of any run follow: a round looks at cells, not at points.
+struct PointSums {
+  explicit PointSums(const WeightedPoints& points) : values(points.values) {
+    const std::size_t n = values.size();
+    weights.resize(n + 1);
+    moments.resize(n + 1);
+    squares.resize(n + 1);
+    for (std::size_t i = 0; i < n; ++i) {
+      weights[i + 1] = weights[i] + points.weights[i];
+      moments[i + 1] = moments[i] + points.weights[i] * values[i];
+      squares[i + 1] = squares[i] + points.weights[i] * values[i] * values[i];
+    }
+  }
+  const std::vector<double>& values;
+  std::vector<double> weights, moments, squares;
+};
+
+/// Regression of the points on the codes that `grid` gives them, and the error of `grid`; a grid that gives one code alone
+/// stays as it is.
+GridFit refit_grid(const PointSums& points, std::int32_t levels, const GridFit& grid) {
   double w = 0.0, c = 0.0, cc = 0.0, v = 0.0, cv = 0.0, error = 0.0;
-  for (std::size_t i = 0; i < points.values.size(); ++i) {
-    const double value = points.values[i];
-    const double weight = points.weights[i];
-    const double code = std::clamp(std::floor((value - grid.offset) / grid.step + 0.5), 0.0, levels - 1.0);
-    const double distance = value - (grid.offset + code * grid.step);
+  auto first = points.values.begin();
+  for (std::int32_t i = 0; i < levels; ++i) {
+    const double boundary = grid.offset + (i + 0.5) * grid.step;
+    const auto end = i + 1 < levels ? std::upper_bound(first, points.values.end(), boundary) : points.values.end();
+    const auto from = static_cast<std::size_t>(first - points.values.begin());
+    const auto to = static_cast<std::size_t>(end - points.values.begin());
+    const double weight = points.weights[to] - points.weights[from];
+    const double moment = points.moments[to] - points.moments[from];
+    const double centroid = grid.offset + i * grid.step;
     w += weight;
-    c += weight * code;
-    cc += weight * code * code;
-    v += weight * value;
-    cv += weight * code * value;
-    error += weight * distance * distance;
+    c += weight * i;
+    cc += weight * i * i;
+    v += moment;
+    cv += moment * i;
+    error += points.squares[to] - points.squares[from] - 2.0 * centroid * moment + centroid * centroid * weight;
+    first = end;
   }
   const double spread = cc - c * c / w;
   GridFit next{grid.offset, grid.step, error};
@@ -212,7 +235,7 @@ GridFit refit_grid(const WeightedPoints& points, std::int32_t levels, const Grid
 }
 
 /// The best of several starts, each alternated until it no longer falls.
-GridFit fit_grid(const WeightedPoints& points, std::int32_t levels) {
+GridFit fit_grid(const WeightedPoints& points, const PointSums& sums, std::int32_t levels) {
   const auto n = static_cast<std::int64_t>(points.values.size());
   const double mean = mean_of(points, 0, n);
   const double low = points.values.front();
@@ -223,7 +246,7 @@ GridFit fit_grid(const WeightedPoints& points, std::int32_t levels) {
     const double step = (high - low) * share / (levels - 1);
     GridFit grid{std::clamp(mean - step * (levels - 1) / 2.0, low, high), step};
     for (int round = 0; round < 30; ++round) {
-      const GridFit next = refit_grid(points, levels, grid);
+      const GridFit next = refit_grid(sums, levels, grid);
       // refit_grid's error is that of the grid it was given.
       if (next.error < best.error) best = {grid.offset, grid.step, next.error};
       if (!(next.step > 0.0) || (next.offset == grid.offset && next.step == grid.step)) break;
@@ -245,9 +268,10 @@ void calibrate_klt_grids(const KltSamples& samples, const TensorView& offsets, c
   auto task = [&](std::int64_t k) {
     const std::vector<Sample> sorted = sorted_samples(samples, k);
     const WeightedPoints points = join_samples(sorted);
+    const PointSums sums(points);
     for (std::int64_t m = 0; m < samples.num_levels; ++m) {
       const std::int32_t levels = samples.levels[m];
-      const GridFit grid = fit_grid(points, levels);
+      const GridFit grid = fit_grid(points, sums, levels);
       const std::int64_t place = k * samples.num_levels + m;
       const auto offset = static_cast<float>(grid.offset);
       const auto step = static_cast<float>(grid.step);
