@@ -58,7 +58,7 @@ def check_codes(name: str, rows: kvpack.Int4Rows, y: torch.Tensor, dtype: str) -
         raise SystemExit(f"{name}: codes are off by {off.max().item():.0f}, {share:.3%} of them off")
 
 
-def transform_case(n: int, tokens: int, dtype: str, device: str, compiled: Call) -> Case:
+def transform_case(n: int, tokens: int, dtype: str, device: str, compiled: Call | None) -> Case:
     """kron_quantize with packed output."""
     generator = torch.Generator().manual_seed(n + tokens)
     sides = [torch.linalg.qr(torch.randn(side, side, generator=generator))[0] for side in SIDES[n]]
@@ -72,8 +72,9 @@ def transform_case(n: int, tokens: int, dtype: str, device: str, compiled: Call)
     calls: dict[str, Call] = {
         "kvpack": lambda x: kvpack.kron_quantize(x, left, right),
         "eager": lambda x: quantize_in_torch(x, left, right),
-        "compile": lambda x: compiled(x, left, right),
     }
+    if compiled is not None:
+        calls["compile"] = lambda x: compiled(x, left, right)
     bytes_moved = x.nbytes + rows.codes.nbytes + rows.scales.nbytes
     return Case(name, [x.clone() for _ in range(copies)], calls, bytes_moved)
 
@@ -139,6 +140,7 @@ def main() -> int:
     parser.add_argument("--n", type=int, nargs="+", default=list(SIDES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32 and bfloat16 (GPU: bfloat16)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each case on the CPU")
+    parser.add_argument("--eager-only", action="store_true", help="without torch.compile, which compiles every shape")
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
     for n in options.n:
@@ -146,7 +148,7 @@ def main() -> int:
     on_cpu = options.device == "cpu"
     tokens = options.tokens or ([1, 2048] if on_cpu else [1, 128, 2048, 16384])
     dtypes = options.dtype or (["float32", "bfloat16"] if on_cpu else ["bfloat16"])
-    compiled = torch.compile(quantize_in_torch, dynamic=False)
+    compiled = None if options.eager_only else torch.compile(quantize_in_torch, dynamic=False)
     torch._dynamo.config.recompile_limit = 1000
     if on_cpu:
         torch.set_num_threads(ops.num_threads())

@@ -329,6 +329,15 @@ def view(x: Any, name: str) -> bytes:
     return TENSOR.pack(pointer, number, device_kind, device_index, rank, *shape, *padding, *strides, *padding)
 
 
+def matrix_view(x: Any, rows: int, columns: int, name: str) -> bytes:
+    """Like view for a contiguous tensor of any shape, seen as [rows, columns]."""
+    if isinstance(x, np.ndarray):
+        return view(x.reshape(rows, columns), name)
+    device_kind, device_index = (CPU, 0) if x.is_cpu else (_DEVICE_KINDS.get(x.device.type, -1), x.device.index or 0)
+    number = _number_of(x, name)
+    return TENSOR.pack(x.data_ptr(), number, device_kind, device_index, 2, rows, columns, 0, 0, columns, 1, 0, 0)
+
+
 def optional_view(x: Any, name: str) -> bytes | None:
     """Like view; None, which the C side reads as "none", for None."""
     return None if x is None else view(x, name)

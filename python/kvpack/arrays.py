@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -40,9 +41,14 @@ def empty(like: TensorLike, shape: Sequence[int], dtype: str) -> TensorLike:
     """An uninitialised tensor of the library and on the device of `like`."""
     if isinstance(like, np.ndarray):
         return np.empty(tuple(shape), dtype)
+    return like.new_empty(tuple(shape), dtype=_torch_dtype(dtype))
+
+
+@functools.cache
+def _torch_dtype(name: str) -> Any:
     import torch
 
-    return like.new_empty(tuple(shape), dtype=getattr(torch, dtype))
+    return getattr(torch, name)
 
 
 def empty_like(x: TensorLike) -> TensorLike:

@@ -141,21 +141,33 @@ def checked_out(x: TensorLike, name: str, shape: Sequence[int]) -> TensorLike:
     return x
 
 
-def _matrix_of(x: TensorLike, name: str) -> bytes:
-    """[.., columns] as the C side's [rows, columns]."""
-    columns = x.shape[-1] if len(x.shape) else 0
-    flat = x if len(x.shape) == 2 else x.reshape(-1, columns) if columns else x
-    return _native.view(flat, name)
-
-
 def flat_rows(rows: Int4Rows, name: str) -> bytes:
-    """kvpack_int4_rows."""
+    """kvpack_int4_rows of rows that came from a caller."""
     if not isinstance(rows, Int4Rows):
         raise TypeError(f"{name} must be kvpack.Int4Rows, not {type(rows).__name__}")
-    encoding = choose("encoding", rows.encoding, ENCODINGS)
     for part, what in ((rows.codes, "codes"), (rows.scales, "scales"), (rows.zeros, "zeros")):
-        if part is not None and not is_contiguous(part):
-            raise ValueError(f"{name}.{what} of shape {tuple(part.shape)} is not contiguous; it must be")
-    zeros = _native.NO_TENSOR if rows.zeros is None else _matrix_of(rows.zeros, f"{name}.zeros")
-    parts = (_matrix_of(rows.codes, f"{name}.codes"), _matrix_of(rows.scales, f"{name}.scales"), zeros)
-    return b"".join((*parts, _native.INT4_ROWS.pack(encoding, 0)))
+        if part is None:
+            continue
+        _native.view(part, f"{name}.{what}")
+        if len(part.shape) == 0 or not is_contiguous(part):
+            raise ValueError(f"{name}.{what} of shape {tuple(part.shape)} is not rows in contiguous memory; it must be")
+    return native_rows(rows, math.prod(rows.codes.shape[:-1]), name)
+
+
+def native_rows(rows: Int4Rows, num_rows: int, name: str) -> bytes:
+    """kvpack_int4_rows of tensors that are known to be contiguous."""
+    codes, scales, zeros, encoding = rows
+    return b"".join(
+        (
+            _native.matrix_view(codes, num_rows, codes.shape[-1], name),
+            _scalars_view(scales, name),
+            _native.NO_TENSOR if zeros is None else _scalars_view(zeros, name),
+            _native.INT4_ROWS.pack(choose("encoding", encoding, ENCODINGS), 0),
+        )
+    )
+
+
+def _scalars_view(x: TensorLike, name: str) -> bytes:
+    """[.., 1] as [rows, 1]; another last extent stays, for the C side to refuse."""
+    width = x.shape[-1]
+    return _native.matrix_view(x, math.prod(x.shape[:-1]), width, name)

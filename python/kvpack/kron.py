@@ -11,7 +11,7 @@ from ctypes import byref, c_int64
 from typing import Any, TypeAlias
 
 from kvpack import _native
-from kvpack.arrays import TensorLike, as_contiguous, dtype_name, empty_like
+from kvpack.arrays import TensorLike, as_contiguous, device_of, dtype_name, empty_like
 from kvpack.int4_rows import (
     ENCODINGS,
     GRIDS,
@@ -22,7 +22,7 @@ from kvpack.int4_rows import (
     Output,
     allocate_rows,
     checked_out,
-    flat_rows,
+    native_rows,
 )
 from kvpack.ops import choose
 from kvpack.tile64 import workspace_of
@@ -247,15 +247,19 @@ class _Settings:
         return rows
 
     def run(self, function: Any, inputs: tuple[Any, ...], x: TensorLike) -> Any:
+        tokens = x.shape[0]
         packed = b"".join(
-            flat_rows(rows, "out") + _native.KRON_CLIPS.pack(*clip)
-            for rows, clip in zip(self.outputs, self.clips, strict=True)
+            [
+                native_rows(rows, tokens, "out") + _native.KRON_CLIPS.pack(*clip)
+                for rows, clip in zip(self.outputs, self.clips, strict=True)
+            ]
         )
-        number = _native.DTYPES.get(dtype_name(x), -1)
-        workspace = workspace_of(
-            _native.library.kvpack_kron_workspace_bytes, x, x.shape[0], *map(max, self.sides, (1, 1)), number
-        )
-        view = _native.optional_view(workspace, "workspace")
+        view = None
+        if device_of(x) != "cpu":
+            sizes = (tokens, max(self.sides[0], 1), max(self.sides[1], 1), _native.DTYPES.get(dtype_name(x), -1))
+            view = _native.optional_view(
+                workspace_of(_native.library.kvpack_kron_workspace_bytes, x, *sizes), "workspace"
+            )
         _native.check(function(*inputs, self.transform, packed, len(self.clips), view, _native.stream_of(x)))
         return self.outputs[0] if self.is_single else tuple(self.outputs)
 
@@ -263,7 +267,7 @@ class _Settings:
 def clips_of(clip_ratio: float | Sequence[float], clip: Clip | Sequence[Clip] | None) -> tuple[list[Clip], bool]:
     """The pairs of all outputs, and whether one output was asked for rather than a sequence of them."""
     if clip is None:
-        if isinstance(clip_ratio, Sequence):
+        if not isinstance(clip_ratio, float) and isinstance(clip_ratio, Sequence):
             return [(float(ratio), float(ratio)) for ratio in clip_ratio], False
         return [(float(clip_ratio), float(clip_ratio))], True
     if clip_ratio != 1.0:
@@ -291,12 +295,11 @@ def _rows_of(x: TensorLike, name: str) -> TensorLike:
 
 def _matrices(
     left: TensorLike | None, right: TensorLike | None, diagonal: TensorLike | None
-) -> tuple[bytes, list[TensorLike | None]]:
+) -> tuple[bytes, tuple[TensorLike | None, ...]]:
     """kvpack_kron_transform, and the tensors whose memory it names: copies where one is not contiguous."""
-    named = ((left, "left"), (right, "right"), (diagonal, "diagonal"))
-    kept = [None if part is None else as_contiguous(part) if hasattr(part, "shape") else part for part, _ in named]
+    kept = tuple(as_contiguous(part) if hasattr(part, "shape") else part for part in (left, right, diagonal))
     views = [
         _native.NO_TENSOR if part is None else _native.view(part, name)
-        for part, (_, name) in zip(kept, named, strict=True)
+        for part, name in zip(kept, ("left", "right", "diagonal"), strict=True)
     ]
     return b"".join(views), kept

@@ -14,6 +14,7 @@
 #include "flatquant/codes.h"
 #include "flatquant/implementations.h"
 #include "flatquant/rules.h"
+#include "kvpack/dispatch.h"
 
 #define KVPACK_SIMD_SOURCE "flatquant/kron_quantize_cpu.h"
 #include "isa/for_each_isa.h"

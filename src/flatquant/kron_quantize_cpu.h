@@ -10,12 +10,13 @@ namespace {
 
 /// Buffers of one task, [rows, stride] floats each, with room for a block of codes.
 struct TokenMemory {
-  explicit TokenMemory(const FloatMatrices& matrices) {
+  TokenMemory(const FloatMatrices& matrices, std::int64_t threads_of_a_product) : parts(threads_of_a_product) {
     const std::int64_t floats = round_up(matrices.floats(), kLanes) + kCodeBlock;
     x = thread_scratch(3 * floats);
     half = x + floats;
     y = half + floats;
   }
+  std::int64_t parts;  // threads that share one product: more than one only outside of parallel loops
   float* x;
   float* half;
   float* y;
@@ -45,7 +46,7 @@ void quantize_token(const KronQuantizeProblem& problem, const FloatMatrices& mat
     produce_row<T>(problem, token, memory.x);
     open_gaps(memory.x, matrices.rows, matrices.columns, matrices.stride);
   }
-  float* y = const_cast<float*>(transform_token(matrices, x, matrices.stride, memory.half, memory.y));
+  float* y = const_cast<float*>(transform_token(matrices, x, matrices.stride, memory.half, memory.y, memory.parts));
   close_gaps(y, matrices.rows, matrices.columns, matrices.stride);
   write_outputs(problem, token, y, n);
 }
@@ -57,7 +58,8 @@ void undo_token(const UndoTransformProblem& problem, const FloatMatrices& matric
   const T* source = static_cast<const T*>(problem.y) + token * problem.y_stride;
   for (std::int64_t i = 0; i < n; i += kLanes) store(memory.x + i, load_some(source + i, n - i));
   open_gaps(memory.x, matrices.rows, matrices.columns, matrices.stride);
-  float* y = const_cast<float*>(transform_token(matrices, memory.x, matrices.stride, memory.half, memory.y));
+  float* y =
+      const_cast<float*>(transform_token(matrices, memory.x, matrices.stride, memory.half, memory.y, memory.parts));
   close_gaps(y, matrices.rows, matrices.columns, matrices.stride);
   const T* diagonal = static_cast<const T*>(problem.matrices.diagonal);
   T* out = static_cast<T*>(problem.out) + token * problem.out_stride;
@@ -74,14 +76,21 @@ void undo_token(const UndoTransformProblem& problem, const FloatMatrices& matric
   }
 }
 
-/// Runs token(memory, t) for all tokens, several to a task: one is worth about 20 microseconds.
+/// Runs token(memory, t) for all tokens, several to a task: one is worth about 20 microseconds. Fewer tokens than threads
+/// are taken one by one, and their products are shared out where that is worth waking a thread.
 template <typename Token>
 void for_each_token(const FloatMatrices& matrices, std::int64_t tokens, const Token& token) {
   constexpr std::int64_t kTaskProducts = 1 << 20;
   const std::int64_t products = matrices.floats() * (matrices.rows + matrices.columns);
+  const std::int64_t threads = num_threads();
+  if (tokens < threads && products > kTaskProducts) {
+    const TokenMemory memory(matrices, threads);
+    for (std::int64_t t = 0; t < tokens; ++t) token(memory, t);
+    return;
+  }
   const std::int64_t together = std::max<std::int64_t>(1, kTaskProducts / products);
   auto task = [&](std::int64_t index) {
-    const TokenMemory memory(matrices);
+    const TokenMemory memory(matrices, 1);
     const std::int64_t end = std::min(tokens, (index + 1) * together);
     for (std::int64_t t = index * together; t < end; ++t) token(memory, t);
   };

@@ -85,6 +85,20 @@ inline void multiply(const Product& product) {
   if (column < product.columns) multiply_columns.template operator()<1>();
 }
 
+/// The same, rows shared out to threads.
+inline void multiply(const Product& product, std::int64_t parts) {
+  if (parts <= 1) return multiply(product);
+  auto task = [&](std::int64_t index) {
+    const std::int64_t first = index * product.rows / parts;
+    Product part = product;
+    part.a += first * product.a_row;
+    part.c += first * product.c_stride;
+    part.rows = (index + 1) * product.rows / parts - first;
+    multiply(part);
+  };
+  parallel_for(parts, task);
+}
+
 /// Both matrices of a transform as floats, rows of `right` padded to whole vectors. Valid as long as the call.
 struct FloatMatrices {
   const float* left = nullptr;   // [rows, rows]
@@ -131,21 +145,24 @@ inline FloatMatrices widen_matrices(const KronMatrices& matrices) {
 }
 
 /// y [rows, stride] = left^T * x * right of one token; x [rows, x_stride] with zeros behind the columns where it is padded;
-/// `half` holds as much as y. Returns where the result is: y, or x itself where there is no matrix.
+/// `half` holds as much as y. Each product is shared out to `parts` threads. Returns where the result is: y, or x itself
+/// where there is no matrix.
 inline const float* transform_token(const FloatMatrices& matrices, const float* x, std::int64_t x_stride, float* half,
-                                    float* y) {
+                                    float* y, std::int64_t parts) {
   const float* result = x;
   std::int64_t stride = x_stride;
   if (matrices.left != nullptr) {
     float* target = matrices.right != nullptr ? half : y;
     multiply({matrices.left, 1, matrices.rows, x, x_stride, target, matrices.stride, matrices.rows, matrices.rows,
-              matrices.stride});
+              matrices.stride},
+             parts);
     result = target;
     stride = matrices.stride;
   }
   if (matrices.right != nullptr) {
     multiply({result, stride, 1, matrices.right, matrices.stride, y, matrices.stride, matrices.rows, matrices.columns,
-              matrices.stride});
+              matrices.stride},
+             parts);
     result = y;
   }
   return result;

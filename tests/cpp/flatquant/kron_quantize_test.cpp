@@ -235,5 +235,27 @@ TEST_P(KronQuantize, EveryNumberOfTokensGivesTheSameRows) {
   }
 }
 
+TEST_P(KronQuantize, ThreadsDoNotChangeALoneToken) {
+  // Large enough for its products to be shared out: 96 x 88 x (96 + 88) multiplications.
+  const KronCase shape{"", 96, 88};
+  const std::int64_t n = 96 * 88;
+  for (const DType dtype : {DType::kFloat16, DType::kFloat32}) {
+    const CaseMatrices matrices(shape, dtype, false, kSeed);
+    Matrix x(1, n, dtype);
+    fill_activations(x, kSeed);
+    const OutputBuffers alone(DType::kInt32, 1, n, false);
+    set_num_threads(1);
+    run(x, matrices, alone);
+    for (const int threads : {2, 3, 7}) {
+      const OutputBuffers shared(DType::kInt32, 1, n, false);
+      set_num_threads(threads);
+      run(x, matrices, shared);
+      EXPECT_TRUE(shared.codes.same_bytes(alone.codes)) << threads;
+      EXPECT_TRUE(shared.scales.same_bytes(alone.scales)) << threads;
+    }
+    set_num_threads(0);
+  }
+}
+
 }  // namespace
 }  // namespace kvpack::test
