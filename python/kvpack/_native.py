@@ -281,7 +281,7 @@ def check(code: int) -> None:
 
 def is_torch(x: Any) -> bool:
     """True for a torch tensor, without importing torch."""
-    return type(x).__module__.partition(".")[0] == "torch" or hasattr(x, "data_ptr")
+    return hasattr(x, "data_ptr") or type(x).__module__.partition(".")[0] == "torch"
 
 
 def _number_of(x: Any, name: str) -> int:
@@ -314,7 +314,7 @@ def view(x: Any, name: str) -> bytes:
             raise ValueError(f"{name} has a negative stride in {strides}; pass a copy")
     elif is_torch(x):
         number = _number_of(x, name)
-        shape, strides, pointer = tuple(x.shape), x.stride(), x.data_ptr()
+        shape, strides, pointer = x.shape, x.stride(), x.data_ptr()
         if not x.is_cpu:
             kind = x.device.type
             if kind not in _DEVICE_KINDS:
@@ -323,7 +323,7 @@ def view(x: Any, name: str) -> bytes:
     else:
         raise TypeError(f"{name} must be a torch or numpy tensor, not {type(x).__name__}")
     if len(shape) > MAX_RANK:
-        raise ValueError(f"{name} has {len(shape)} dimensions {shape}; at most {MAX_RANK} are supported")
+        raise ValueError(f"{name} has {len(shape)} dimensions {tuple(shape)}; at most {MAX_RANK} are supported")
     rank = len(shape)
     padding = _PADDING[rank]
     return TENSOR.pack(pointer, number, device_kind, device_index, rank, *shape, *padding, *strides, *padding)
@@ -345,7 +345,7 @@ def optional_view(x: Any, name: str) -> bytes | None:
 
 def stream_of(x: Any) -> int | None:
     """The CUDA stream that torch currently uses on the device of x; None on the CPU."""
-    if is_torch(x) and x.device.type == "cuda":
+    if not isinstance(x, np.ndarray) and not x.is_cpu and x.device.type == "cuda":
         import torch
 
         return torch.cuda.current_stream(x.device).cuda_stream

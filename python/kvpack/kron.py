@@ -215,10 +215,6 @@ class _Settings:
     ) -> None:
         self.clips, self.is_single = clips_of(clip_ratio, clip)
         self.transform, self.matrices = _matrices(left, right, diagonal)
-        self.sides = (
-            x.shape[-1] if left is None else left.shape[0],
-            x.shape[-1] if right is None else right.shape[0],
-        )
         choose("output", output, OUTPUTS)
         choose("encoding", encoding, ENCODINGS)
         choose("grid", grid, GRIDS)
@@ -256,7 +252,8 @@ class _Settings:
         )
         view = None
         if device_of(x) != "cpu":
-            sizes = (tokens, max(self.sides[0], 1), max(self.sides[1], 1), _native.DTYPES.get(dtype_name(x), -1))
+            sides = [x.shape[-1] if side is None else max(side.shape[0], 1) for side in self.matrices[:2]]
+            sizes = (tokens, *sides, _native.DTYPES.get(dtype_name(x), -1))
             view = _native.optional_view(
                 workspace_of(_native.library.kvpack_kron_workspace_bytes, x, *sizes), "workspace"
             )

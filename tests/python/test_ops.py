@@ -10,7 +10,11 @@ import torch
 
 from kvpack import _native, ops
 
-IMPLEMENTATIONS = sorted({row["name"] for row in ops.list_implementations() if row["device"] == "cpu"})
+IMPLEMENTATIONS = sorted(
+    row["name"]
+    for row in ops.list_implementations()
+    if row["operation"] == "simulate_uniform" and row["device"] == "cpu"
+)
 
 
 def torch_uniform(x, bits, dim, outlier_fraction):
