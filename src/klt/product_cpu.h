@@ -37,18 +37,20 @@ inline void multiply_block(const float* lhs, std::int64_t lhs_stride, const floa
   }
 }
 
-template <int kVectors>
+/// All tokens, in blocks; those that are left over make one smaller block, since each block reads the whole panel.
+template <int kTokens, int kVectors>
 inline void multiply_blocks(const float* lhs, std::int64_t lhs_stride, std::int64_t tokens, const float* rhs,
                             std::int64_t rhs_stride, std::int64_t depth, bool starts, float* sums,
                             std::int64_t sums_stride) {
   std::int64_t t = 0;
-  for (; t + kBlockTokens <= tokens; t += kBlockTokens) {
-    multiply_block<kBlockTokens, kVectors>(lhs + t * lhs_stride, lhs_stride, rhs, rhs_stride, depth, starts,
-                                           sums + t * sums_stride, sums_stride);
+  for (; t + kTokens <= tokens; t += kTokens) {
+    multiply_block<kTokens, kVectors>(lhs + t * lhs_stride, lhs_stride, rhs, rhs_stride, depth, starts,
+                                      sums + t * sums_stride, sums_stride);
   }
-  for (; t < tokens; ++t) {
-    multiply_block<1, kVectors>(lhs + t * lhs_stride, lhs_stride, rhs, rhs_stride, depth, starts,
-                                sums + t * sums_stride, sums_stride);
+  if constexpr (kTokens > 1) {
+    if (t == tokens) return;
+    multiply_blocks<kTokens - 1, kVectors>(lhs + t * lhs_stride, lhs_stride, tokens - t, rhs, rhs_stride, depth, starts,
+                                           sums + t * sums_stride, sums_stride);
   }
 }
 
@@ -76,7 +78,8 @@ inline void multiply_panels(const float* lhs, std::int64_t lhs_stride, std::int6
       const std::int64_t depth = rhs.depth - i < kDepthBlock ? rhs.depth - i : kDepthBlock;
       const float* rows = panel + i * row_stride;
       const auto run = [&]<int kVectors>() {
-        multiply_blocks<kVectors>(lhs + i, lhs_stride, tokens, rows, row_stride, depth, i == 0, target, sums_stride);
+        multiply_blocks<kBlockTokens, kVectors>(lhs + i, lhs_stride, tokens, rows, row_stride, depth, i == 0, target,
+                                                sums_stride);
       };
       switch (is_last ? rhs.last_vectors : kPanelVectors) {
         case 1:

@@ -22,10 +22,10 @@ void require_centroids(const KltData& data, const std::int32_t* levels) {
   const float* centroids = data.centroids;
   for (std::int32_t k = 0; k < data.layout.coded; ++k) {
     for (std::int32_t i = 0; i < levels[k]; ++i) {
-      const bool ascends = i == 0 || centroids[i - 1] < centroids[i];
-      require(std::isfinite(centroids[i]) && ascends, "centroid ", i, " of coefficient ", k, " is ", centroids[i],
-              i == 0 ? "" : " after ", i == 0 ? "" : text(centroids[i - 1]),
-              "; centroids are finite and ascend strictly");
+      // Texts are made only for a failure: this runs in every call.
+      if (std::isfinite(centroids[i]) && (i == 0 || centroids[i - 1] < centroids[i])) continue;
+      throw InvalidArgument(text("centroid ", i, " of coefficient ", k, " is ", centroids[i], i == 0 ? "" : " after ",
+                                 i == 0 ? "" : text(centroids[i - 1]), "; centroids are finite and ascend strictly"));
     }
     centroids += levels[k];
   }
@@ -54,7 +54,9 @@ klt_rows::RowLayout layout_of(const std::int32_t* levels, std::int64_t coefficie
   std::int32_t counts[kNumKltLevels] = {};
   for (std::int64_t k = 0; k < coefficients; ++k) {
     const std::int32_t index = klt_rows::index_of_levels(levels[k]);
-    require(index >= 0 || levels[k] == 1, "levels[", k, "] is ", levels[k], "; it is ", allowed_levels());
+    if (index < 0 && levels[k] != 1) {
+      throw InvalidArgument(text("levels[", k, "] is ", levels[k], "; it is ", allowed_levels()));
+    }
     require(k == 0 || levels[k] <= levels[k - 1], "levels[", k, "] is ", levels[k], " after ",
             k > 0 ? levels[k - 1] : 0, "; levels never ascend");
     if (index >= 0) ++counts[index];
@@ -100,7 +102,7 @@ std::int64_t klt_row_bytes(const std::int32_t* levels, std::int64_t coefficients
 double klt_level_bits(std::int32_t levels) {
   if (levels == 1) return 0.0;
   const std::int32_t index = klt_rows::index_of_levels(levels);
-  require(index >= 0, "levels is ", levels, "; it is ", klt::allowed_levels());
+  if (index < 0) throw InvalidArgument(text("levels is ", levels, "; it is ", klt::allowed_levels()));
   const klt_rows::LevelParts parts = klt_rows::parts_of(index);
   double bits = parts.low_bits;
   if (parts.digit_section >= 0) {
