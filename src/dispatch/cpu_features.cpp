@@ -17,17 +17,19 @@ namespace kvpack {
 
 namespace {
 
-/// True when the processor has AMX for bfloat16 and Linux lets this process use its registers, which it must be asked for once.
-/// The compiler's own detection does not know AMX.
-bool may_use_amx_bf16() noexcept {
+// Bits of edx in leaf 7 of cpuid: the compiler's own detection does not know AMX.
+constexpr unsigned kCpuidAmxBf16 = 1u << 22;
+constexpr unsigned kCpuidAmxInt8 = 1u << 25;
+
+/// True when the processor has that part of AMX and Linux lets this process use its registers, which it must be asked for.
+bool may_use_amx([[maybe_unused]] unsigned part) noexcept {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kAmxBf16 = 1u << 22;
   constexpr unsigned kAmxTile = 1u << 24;
   unsigned a = 0;
   unsigned b = 0;
   unsigned c = 0;
   unsigned d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & part) == 0 || (d & kAmxTile) == 0) return false;
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -54,8 +56,9 @@ std::uint32_t detect_cpu_features() noexcept {
   if (has_avx2 && has_avx512) features |= kFeatureAvx512;
   if (has_avx2 && has_avx512 && has_vbmi2) features |= kFeatureAvx512Vbmi2;
   if (has_avx2 && has_avx512 && __builtin_cpu_supports("avx512vnni")) features |= kFeatureAvx512Vnni;
+  if ((features & kFeatureAvx512Vnni) != 0 && may_use_amx(kCpuidAmxInt8)) features |= kFeatureAmxInt8;
   const bool has_bf16 = has_avx2 && has_avx512 && __builtin_cpu_supports("avx512bf16");
-  if (has_bf16 && may_use_amx_bf16()) features |= kFeatureAmxBf16;
+  if (has_bf16 && may_use_amx(kCpuidAmxBf16)) features |= kFeatureAmxBf16;
 #endif
   return features;
 }
@@ -84,7 +87,8 @@ std::string cpu_features() {
   note(__builtin_cpu_supports("gfni"), "gfni");
   note(__builtin_cpu_supports("avx512vnni"), "avx512vnni");
   note(__builtin_cpu_supports("avx512bf16"), "avx512bf16");
-  note(may_use_amx_bf16(), "amx_bf16");
+  note(may_use_amx(kCpuidAmxBf16), "amx_bf16");
+  note(may_use_amx(kCpuidAmxInt8), "amx_int8");
 #endif
   return words.empty() ? "none that kvpack asks for" : words;
 }

@@ -13,6 +13,7 @@ enum CpuFeature : std::uint32_t {
   kFeatureAvx512Vbmi2 = 1u << 2,
   // avx512bf16, amx_tile and amx_bf16 on top of kFeatureAvx512, with the system's permission: Sapphire Rapids and later
   kFeatureAmxBf16 = 1u << 3,
+  kFeatureAmxInt8 = 1u << 5,     // amx_tile and amx_int8 on top of kFeatureAvx512Vnni, with the system's permission
   kFeatureAvx512Vnni = 1u << 4,  // avx512vnni on top of kFeatureAvx512: Cascade Lake and later, Zen 4 and later
 };
 

@@ -85,6 +85,7 @@ const std::vector<Implementation>& cpu_rows() {
       cpu_row<DequantizeInt4Function>(Operation::kDequantizeInt4, "avx512", kFeatureAvx512, avx512::dequantize_int4),
       cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "avx2", kFeatureAvx2, avx2::linear_w4a4),
       cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "avx512", kFeatureAvx512Vnni, avx512::linear_w4a4),
+      cpu_row<LinearW4A4Function>(Operation::kLinearW4A4, "amx", kFeatureAmxInt8, amx::linear_w4a4),
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "avx2", kFeatureAvx2, avx2::kron_quantize),
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "avx512", kFeatureAvx512, avx512::kron_quantize),
       cpu_row<KronQuantizeFunction>(Operation::kKronQuantize, "amx", kFeatureAmxBf16, amx::kron_quantize),
@@ -134,6 +135,7 @@ bool runs_here(const Implementation& row) {
 }
 
 std::string needs_text(std::uint32_t needs) {
+  if (needs & kFeatureAmxInt8) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni amx_int8";
   if (needs & kFeatureAvx512Vnni) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni";
   if (needs & kFeatureAmxBf16) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512bf16 amx_bf16";
   if (needs & kFeatureAvx512Vbmi2) {

@@ -122,8 +122,9 @@ namespace avx512 {
 KVPACK_DECLARE_FLATQUANT
 }
 #undef KVPACK_DECLARE_FLATQUANT
-namespace amx {  // bfloat16 products on AMX; the rest as avx512
+namespace amx {  // bfloat16 products, and products of codes for many tokens; the rest as avx512
 void kron_quantize(const KronQuantizeProblem&);
-}
+void linear_w4a4(const LinearW4A4Problem&);
+}  // namespace amx
 
 }  // namespace kvpack

@@ -9,11 +9,11 @@
 //   activations           [even codes of the block][odd codes of the block][next block ...
 #include "flatquant/codes_cpu.h"
 #include "flatquant/dots_cpu.h"
+#include "flatquant/int4_order_cpu.h"
 
 namespace kvpack::KVPACK_ISA {
 namespace {
 
-inline constexpr std::int64_t kDotBlock = 2 * kVectorBytes;  // codes
 inline constexpr int kTileTokens = 4;
 inline constexpr int kTileOutputs = KVPACK_ISA_LANES == 16 ? 4 : 2;
 
@@ -24,35 +24,10 @@ struct Activations {
   std::int64_t stride = 0;
 };
 
-inline const std::byte* row_of(const Int4Data& rows, std::int64_t row) {
-  return static_cast<const std::byte*>(rows.codes) + row * row_bytes_of_codes(rows.form, rows.columns);
-}
-
-/// Where code c of a row lies among the prepared ones.
-inline std::int64_t place_of(std::int64_t c, bool is_split) {
-  if (!is_split) return c;
-  return c / kDotBlock * kDotBlock + c % 2 * kVectorBytes + c % kDotBlock / 2;
-}
-
-/// Prepares one token; is_split: weights are packed.
+/// Prepares one token.
 inline void prepare_token(const Int4Data& x, std::int64_t token, bool is_split, const Activations& prepared) {
-  const std::byte* row = row_of(x, token);
-  const int zero = x.zeros == nullptr ? 0 : static_cast<int>(x.zeros[token]);
   std::int8_t* codes = prepared.codes + token * prepared.stride;
-  std::int64_t c = 0;
-  if (is_split && x.form != CodeForm::kInt8) {
-    const Bytes flip = set_bytes(static_cast<int>(flip_of(x.encoding) ^ 8u));
-    const Bytes origin = set_bytes(-8 - zero);
-    for (; c + kDotBlock <= x.columns; c += kDotBlock) {
-      const Bytes packed = load_vector(row + c / 2);
-      store_vector(codes + c, add_bytes(flip_bits(low_nibbles(packed), flip), origin));
-      store_vector(codes + c + kVectorBytes, add_bytes(flip_bits(high_nibbles(packed), flip), origin));
-    }
-  }
-  std::fill_n(codes + c, prepared.stride - c, std::int8_t{0});
-  for (; c < x.columns; ++c) {
-    codes[place_of(c, is_split)] = static_cast<std::int8_t>(read_code(row, c, x.form, x.encoding) - zero);
-  }
+  prepare_codes(x, token, is_split, codes, prepared.stride);
   std::int32_t sum = 0;
   for (std::int64_t i = 0; i < prepared.stride; ++i) sum += codes[i];
   prepared.corrections[token] = 8 * sum;

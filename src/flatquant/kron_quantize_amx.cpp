@@ -34,6 +34,7 @@ using namespace avx512;  // NOLINT: this file is compiled behind that vocabulary
 #include "flatquant/codes_cpu.h"
 #include "flatquant/elements_cpu.h"
 #include "flatquant/rows_cpu.h"
+#include "flatquant/tiles_amx.h"
 #include "flatquant/products_amx.h"
 // clang-format on
 

@@ -1,5 +1,5 @@
 // The transform of one token in bfloat16 on AMX: tiles of 16 rows, sums in float32, the value between the two products rounded
-// once to bfloat16. Included by kron_quantize_amx.cpp alone.
+// once to bfloat16. Included by kron_quantize_amx.cpp alone, behind tiles_amx.h.
 //
 //   step 1   W = X * right       A: rows of X as they lie     B: right in pairs of rows, packed once a call
 //   step 2   Y = left^T * W      A: left^T, packed once       B: W in pairs of rows, made from step 1's sums in registers
@@ -12,28 +12,6 @@ namespace {
 
 inline constexpr std::int64_t kSide = 32;           // of a block of 2 x 2 result tiles, and the depth of a tile
 inline constexpr std::int64_t kTileElements = 512;  // bfloat16 of one tile of A or B
-inline constexpr std::int64_t kRowBytes = 64;       // of any tile
-
-/// All eight tiles are 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1;
-  std::uint8_t start_row = 0;
-  std::uint8_t reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-/// Configures the tiles of this thread for the life of the object; other libraries configure theirs in every call too.
-class TileScope {
- public:
-  TileScope() { _tile_loadconfig(&config_); }
-  ~TileScope() { _tile_release(); }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
-
- private:
-  TileConfig config_;
-};
 
 /// Matrices of a call, packed. Sides padded to kSide.
 struct PackedMatrices {

@@ -89,8 +89,8 @@ struct LinearCase {
 };
 
 TEST_P(LinearW4A4, IsExactInEveryFormAndType) {
-  const LinearCase cases[] = {{1, 8, 1},     {1, 64, 5},    {3, 40, 17},  {4, 136, 64},
-                              {17, 200, 33}, {2, 1032, 48}, {70, 512, 96}};
+  const LinearCase cases[] = {{1, 8, 1},     {1, 64, 5},    {3, 40, 17},   {4, 136, 64}, {17, 200, 33},
+                              {20, 136, 40}, {300, 64, 40}, {2, 1032, 48}, {70, 512, 96}};
   for (const LinearCase& size : cases) {
     for (const DType x_form : kForms) {
       for (const DType weight_form : kForms) {
