@@ -40,6 +40,10 @@ target_compile_options(kvpack_cuda PRIVATE
 if(KVPACK_CUDA_LINEINFO)
   target_compile_options(kvpack_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>")
 endif()
+# Hopper's own instructions exist in code for 9.0a alone; kernels that use them are only started where there is such code.
+if("${KVPACK_CUDA_ARCHITECTURES}" MATCHES "(^|;)90a")
+  target_compile_definitions(kvpack_cuda PRIVATE KVPACK_COMPILES_FOR_SM90A)
+endif()
 target_link_options(kvpack_cuda PRIVATE -Wl,--no-undefined)
 set_target_properties(kvpack_cuda PROPERTIES
   CUDA_RUNTIME_LIBRARY Static

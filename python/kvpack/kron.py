@@ -252,7 +252,7 @@ class _Settings:
         )
         view = None
         if device_of(x) != "cpu":
-            sides = [x.shape[-1] if side is None else max(side.shape[0], 1) for side in self.matrices[:2]]
+            sides = _sides_of(x.shape[-1], *self.matrices[:2])
             sizes = (tokens, *sides, _native.DTYPES.get(dtype_name(x), -1))
             view = _native.optional_view(
                 workspace_of(_native.library.kvpack_kron_workspace_bytes, x, *sizes), "workspace"
@@ -288,6 +288,12 @@ def _rows_of(x: TensorLike, name: str) -> TensorLike:
     step = getattr(rows, "itemsize", 1) if not hasattr(rows, "stride") else 1
     adjacent = strides[1] == step and strides[0] >= 0
     return rows if adjacent or rows.shape[1] == 1 else as_contiguous(rows)
+
+
+def _sides_of(n: int, left: TensorLike | None, right: TensorLike | None) -> tuple[int, int]:
+    """M and N; an absent side is what the other one leaves of n."""
+    rows = left.shape[0] if left is not None else (n // max(1, right.shape[0]) if right is not None else 1)
+    return rows, n // max(1, rows)
 
 
 def _matrices(

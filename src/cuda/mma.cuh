@@ -4,6 +4,7 @@
 //     A  {(g, 2i..2i+1), (g+8, 2i..), (g, 2i+8..), (g+8, 2i+8..)}   four registers of two 16-bit numbers along k
 //     B  {(2i..2i+1, g), (2i+8.., g)}                                two registers, along k
 //     D  {(g, 2i), (g, 2i+1), (g+8, 2i), (g+8, 2i+1)}               four float32
+//   mma_m16n8k32: the same of bytes, twice as many along k: four bytes a register, D int32
 #pragma once
 
 #include <cstdint>
@@ -25,12 +26,20 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], 
   }
 }
 
+/// Signed bytes; sums wrap around.
+__device__ inline void mma_m16n8k32(std::int32_t (&d)[4], const std::uint32_t (&a)[4], uint2 b) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+}
+
 /// The address that shared-memory instructions want.
 __device__ inline std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// Four 8x8 matrices of 16-bit numbers: lanes 8*j .. 8*j+7 give the row addresses of matrix j.
+/// Four 8x8 matrices of 16-bit numbers (or 8x16 of bytes): lanes 8*j .. 8*j+7 give the row addresses of matrix j, which
+/// becomes register j.
 __device__ inline void load_matrices(std::uint32_t (&a)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
@@ -38,7 +47,7 @@ __device__ inline void load_matrices(std::uint32_t (&a)[4], std::uint32_t addres
                : "memory");
 }
 
-/// The same, transposed: lanes 8*j .. 8*j+7 give the row addresses of matrix j.
+/// Four 8x8 matrices of 16-bit numbers, transposed: lanes 8*j .. 8*j+7 give the row addresses of matrix j.
 __device__ inline void load_matrices_transposed(std::uint32_t (&a)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])

@@ -22,6 +22,23 @@ __device__ T shuffle_down(T value, int distance) {
   return value;
 }
 
+/// The smaller one and the larger one; a NaN wins (sm_80 and later).
+__device__ inline float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+__device__ inline float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+/// Waits for `threads` threads, whole warps, that call with the same number of a barrier, 1 to 15.
+__device__ inline void sync_some_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
+
 /// combine(...combine(a, b)...) over the values of all kThreads threads. Any trivially copyable T; every thread must call.
 template <int kThreads, typename T, typename Combine>
 __device__ T block_reduce(T value, Combine combine) {

@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "dispatch/cuda_library.h"
 #include "evaluate/implementations.h"
+#include "flatquant/implementations.h"
 #include "formats/tile64/implementations.h"
 #include "klt/implementations.h"
 #include "prune/implementations.h"
@@ -77,6 +78,13 @@ extern "C" __attribute__((visibility("default"))) const kvpack::CudaLibrary* kvp
       cuda_row<CompressKltFunction>(Operation::kCompressKlt, cuda::compress_klt),
       cuda_row<UnpackKltFunction>(Operation::kUnpackKlt, cuda::chains::unpack_klt, "cuda_chains"),
       cuda_row<UnpackKltFunction>(Operation::kUnpackKlt, cuda::unpack_klt),
+      cuda_row<KronQuantizeFunction>(Operation::kKronQuantize, cuda::kron_quantize_plain, "cuda_plain"),
+      cuda_row<KronQuantizeFunction>(Operation::kKronQuantize, cuda::kron_quantize_mma, "cuda_mma"),
+      cuda_row<KronQuantizeFunction>(Operation::kKronQuantize, cuda::kron_quantize),
+      cuda_row<DequantizeInt4Function>(Operation::kDequantizeInt4, cuda::dequantize_int4),
+      cuda_row<UndoTransformFunction>(Operation::kUndoTransform, cuda::undo_transform),
+      cuda_row<LinearW4A4Function>(Operation::kLinearW4A4, cuda::linear_w4a4_plain, "cuda_plain"),
+      cuda_row<LinearW4A4Function>(Operation::kLinearW4A4, cuda::linear_w4a4),
       cuda_row<CompareTensorsFunction>(Operation::kCompareTensors, cuda::compare_tensors),
       cuda_row<CompareLogitsFunction>(Operation::kCompareLogits, cuda::compare_logits),
   };

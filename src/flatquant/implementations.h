@@ -121,6 +121,13 @@ KVPACK_DECLARE_FLATQUANT
 namespace avx512 {
 KVPACK_DECLARE_FLATQUANT
 }
+namespace cuda {
+KVPACK_DECLARE_FLATQUANT
+// Other implementations of the same, to force: by mma.sync, for GPUs since sm_80, and without tensor cores.
+void kron_quantize_mma(const KronQuantizeProblem&);
+void kron_quantize_plain(const KronQuantizeProblem&);
+void linear_w4a4_plain(const LinearW4A4Problem&);
+}  // namespace cuda
 #undef KVPACK_DECLARE_FLATQUANT
 namespace amx {  // bfloat16 products, and products of codes for many tokens; the rest as avx512
 void kron_quantize(const KronQuantizeProblem&);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/packed_pair.cuh"
+#include "cuda/reduce.cuh"
 #include "quantize/uniform_cuda.cuh"
 
 namespace kvpack::cuda {
@@ -30,17 +31,6 @@ __device__ void store_pack(T* target, const Pack<T>& pack) {
   uint4 bits;
   memcpy(&bits, &pack, sizeof(bits));
   __stcs(reinterpret_cast<uint4*>(target), bits);
-}
-
-__device__ inline float min_or_nan(float a, float b) {
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-__device__ inline float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
 }
 
 /// What findings->first_bad says where a fast kernel has met a value that is not finite, and not looked where.
