@@ -22,8 +22,8 @@ _HOMES = {
     "multiply_keys": "kvpack.attend",
     "multiply_values": "kvpack.attend",
     "attend_tile64": "kvpack.attend",
-    "KltTable": "kvpack.klt",
-    "KltTables": "kvpack.klt",
+    "KltTable": "kvpack.klt_blocks",
+    "KltTables": "kvpack.klt_blocks",
     "KltRows": "kvpack.klt",
     "simulate_klt": "kvpack.klt",
     "compress_klt": "kvpack.klt",
@@ -120,7 +120,8 @@ if TYPE_CHECKING:
     from kvpack.cache import CacheMemory, TileCache
     from kvpack.codebook_methods import CodebookMethod
     from kvpack.int4_rows import Int4Rows, dequantize_int4, linear_w4a4
-    from kvpack.klt import KltRows, KltTable, KltTables, compress_klt, simulate_klt, unpack_klt
+    from kvpack.klt import KltRows, compress_klt, simulate_klt, unpack_klt
+    from kvpack.klt_blocks import KltTable, KltTables
     from kvpack.kron import (
         get_decompose_dim,
         kron_quantize,

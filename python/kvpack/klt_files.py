@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kvpack.klt import TENSOR_NAMES, KltRows, KltTable, KltTables, check_klt
+from kvpack.klt import KltRows, check_klt
+from kvpack.klt_blocks import TENSOR_NAMES, KltTable, KltTables
 
 ROWS_FORMAT = "kvpack-klt-rows"
 TABLES_FORMAT = "kvpack-klt-tables"

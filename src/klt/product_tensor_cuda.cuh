@@ -141,8 +141,8 @@ struct Sums {
   float of[kWarpRows / 16][kWarpColumns / 8][4];
 };
 
-/// Multiplies kOwnInputs inputs of a stage into the sums of a warp. The three products of a pair of fragments stand apart, so that no two
-/// instructions in a row add to the same sums.
+/// Multiplies kOwnInputs inputs of a stage into the sums of a warp. The three products of a pair of fragments stand apart,
+/// so that no two instructions in a row add to the same sums.
 __device__ inline void multiply_inputs(std::uint32_t stage, int warp_row, int warp_column, Sums& sums) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const std::uint32_t rows = stage + (warp_row + lane % 16) * kLineBytes + lane / 16 * 16;
