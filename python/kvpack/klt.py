@@ -109,9 +109,10 @@ def simulate_klt(
     out = empty(x, x.shape, dtype_name(x)) if out is None else out
     tables.check_channels("out", out)
     stream = _native.stream_of(x)
-    for table, channels in tables.slices():
+    for index, (table, channels) in enumerate(tables.slices()):
         views = _native.view(x[..., channels], "x"), _native.view(out[..., channels], "out")
-        _native.check(_native.library.kvpack_simulate_klt(views[0], table.native, protected_tokens, views[1], stream))
+        code = _native.library.kvpack_simulate_klt(views[0], table.native, protected_tokens, views[1], stream)
+        _check_block(code, index, tables)
     return out
 
 
@@ -142,10 +143,11 @@ def compress_klt(x: TensorLike, tables: KltTables, *, protected_tokens: int = 0)
     rest = x[..., protected:, :]
     stream = _native.stream_of(x)
     blocks = []
-    for table, channels in tables.slices():
+    for index, (table, channels) in enumerate(tables.slices()):
         rows = empty(x, (*leading, tokens - protected, table.row_bytes), "uint8")
         view = _native.view(rest[..., channels], "x")
-        _native.check(_native.library.kvpack_compress_klt(view, table.native, _native.view(rows, "rows"), stream))
+        code = _native.library.kvpack_compress_klt(view, table.native, _native.view(rows, "rows"), stream)
+        _check_block(code, index, tables, protected)
         blocks.append(rows)
     return KltRows(tables.fingerprint, dtype_name(x), leading, tokens, exact, tuple(blocks))
 
@@ -195,6 +197,16 @@ def unpack_klt(
             )
         )
     return out
+
+
+def _check_block(code: int, index: int, tables: KltTables, first_token: int = 0) -> None:
+    """Raises what the call on one block has to say, with the block and where its tokens begin."""
+    try:
+        _native.check(code)
+    except ValueError as error:
+        block = f"block {index}: " if len(tables.blocks) > 1 else ""
+        tokens = f" (tokens count from {first_token} on)" if first_token else ""
+        raise ValueError(f"{block}{error}{tokens}") from None
 
 
 def _rotated_exact(rows: KltRows, rope: tuple[TensorLike, TensorLike], head_dim: int | None) -> TensorLike:

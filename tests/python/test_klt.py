@@ -154,8 +154,10 @@ def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="protected_tokens is -1"):
         compress_klt(x, tables, protected_tokens=-1)
     x[3, 40] = float("nan")
-    with pytest.raises(ValueError, match="x holds nan at sequence 0, token 3, channel 8"):
+    with pytest.raises(ValueError, match="block 1: x holds nan at sequence 0, token 3, channel 8"):
         compress_klt(x, tables)
+    with pytest.raises(ValueError, match="block 1: x holds nan at sequence 0, token 1, channel 8.*count from 2 on"):
+        compress_klt(x, tables, protected_tokens=2)
     rows = compress_klt(x[:3], tables)
     other = make_tables(seed=4)
     with pytest.raises(ValueError, match=f"tables {tables.fingerprint}, not with {other.fingerprint}"):
