@@ -212,6 +212,15 @@ def test_a_folder_that_is_not_ours_is_never_deleted(request_for: Any) -> None:
     assert (folder / "thesis.txt").exists()
 
 
+def test_what_a_killed_run_was_writing_is_in_nobodys_way(request_for: Any) -> None:
+    folder = partial_path(Path(request_for().output))
+    folder.mkdir()
+    for name in (".3.key.fitted.k2j4h1", ".progress.json.x8"):
+        (folder / name).write_bytes(b"half")
+    run(prepare(request_for(weights="none")))
+    assert not folder.exists()
+
+
 def test_a_file_that_is_not_ours_is_never_overwritten(request_for: Any) -> None:
     output = Path(request_for().output)
     output.write_text("notes")

@@ -29,7 +29,8 @@ from kvpack.methods import Kind
 What = Literal["states", "gradients", "squares"]
 
 _OWN_NAME = re.compile(
-    r"(settings|progress|noise)\.json|\d+\.(key|value)\.(states|gradients|squares|fitted)|\..*\.json\..*"
+    r"(settings|progress|noise)\.json|\d+\.(key|value)\.(states|gradients|squares|fitted)"
+    r"|\..*\.(json|fitted)\..*"  # of write_whole, which a killed run leaves
 )
 _SLACK_BYTES = 64 << 20
 
