@@ -20,6 +20,8 @@ enum class CodeEncoding : std::int32_t {
 ///   word i div 8; uint8 [rows, n/2] holds element i in bits 4*(i mod 2) of byte i div 2. The two packed forms are the same
 ///   bytes.
 ///   Value     (q - zero) * scale
+///   Hostile   int8 codes outside -8 .. 7 and zeros that are no such whole numbers are read as they are, and what comes of
+///             them is open; nothing else is touched
 struct Int4Rows {
   TensorView codes;
   TensorView scales;  ///< [rows, 1] float32
