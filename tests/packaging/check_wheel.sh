@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds a wheel, looks into it, installs it into a new environment and prunes a row with it. The build is that of
-# `make install`, whose objects it makes or takes: kernels are compiled once, for the GPUs that this machine is to serve.
+# `make install`, whose objects it makes or takes; KVPACK_CUDA from the environment is the Makefile's.
 # Usage: check_wheel.sh PYTHON
 set -euo pipefail
 readonly python=$1
@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 
 cd "$root"
 "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-  --config-settings=build-dir=build/package --config-settings=cmake.define.KVPACK_CUDA=AUTO \
+  --config-settings=build-dir=build/package "--config-settings=cmake.define.KVPACK_CUDA=${KVPACK_CUDA:-AUTO}" \
   "--config-settings=cmake.define.KVPACK_CUDA_ARCHITECTURES=$(tools/gpu_architectures.sh)" -w "$work" .
 "$python" - "$work"/*.whl <<'PYTHON'
 import sys, zipfile
