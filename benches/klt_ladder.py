@@ -35,7 +35,7 @@ from kvpack.evaluate import texts
 from kvpack.models import load
 from kvpack.policy import parse_policy
 
-ROUNDS = 60
+ROUNDS = 40
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Variant:
         shrinkage: of the Fisher matrix.
         labels: gradients of the text's tokens, of tokens that the model draws, or of both.
         share: of the largest variance, from which on a coefficient is part of r.
+        spread: noise of so much of the mean weighted variance is added to every coefficient, so that none looks still.
         rounds: levels are shared out again after each layer's keys and values were measured alone, so many times.
     """
 
@@ -60,6 +61,7 @@ class Variant:
     shrinkage: float = 0.0
     labels: str = "text"
     share: float = 0.02
+    spread: float = 0.0
     rounds: int = 0
 
 
@@ -67,6 +69,8 @@ VARIANTS = {
     "base": Variant(),
     "plain-codebooks": Variant(by_r=False),
     "tokens": Variant(token_limit=20.0),
+    "tokens-5": Variant(token_limit=5.0),
+    "tokens-100": Variant(token_limit=100.0),
     "tokens-covariance": Variant(token_limit=20.0, weigh_covariance=True),
     "labels": Variant(labels="model"),
     "both-labels": Variant(labels="both"),
@@ -76,6 +80,14 @@ VARIANTS = {
     "share-0.2": Variant(share=0.2),
     "share-0.002": Variant(share=0.002),
     "measured": Variant(rounds=1),
+    "tokens-32": Variant(token_limit=20.0, samples=32),
+    "tokens-both-32": Variant(token_limit=20.0, samples=32, labels="both"),
+    "tokens-shrunk-0.1": Variant(token_limit=20.0, shrinkage=0.1),
+    "tokens-shrunk-0.3": Variant(token_limit=20.0, shrinkage=0.3),
+    "tokens-spread-0.003": Variant(token_limit=20.0, spread=0.003),
+    "tokens-spread-0.01": Variant(token_limit=20.0, spread=0.01),
+    "tokens-spread-0.03": Variant(token_limit=20.0, spread=0.03),
+    "tokens-shrunk-spread": Variant(token_limit=20.0, shrinkage=0.2, spread=0.01),
 }
 
 Rows = dict[tuple[int, str], torch.Tensor]
@@ -249,10 +261,14 @@ def fit_part(x: torch.Tensor, g: torch.Tensor, variant: Variant, fingerprint: Mo
     mean = (counted[:, None] * x).sum(0) / counted.sum()
     covariance = (counted[:, None] * (x - mean)).T @ (x - mean) / counted.sum()
     basis, variances = (each.to(x.device) for each in klt_fit.decorrelate(covariance.cpu(), fisher.cpu()))
+    noise = variant.spread * float(variances.mean())
+    variances = variances + noise
     basis = basis.float()
-    z = (x - mean) @ basis.double() / variances.sqrt()
+    y = (x - mean) @ basis.double()
+    y += torch.randn(y.shape, device=y.device, generator=torch.Generator(y.device).manual_seed(0)) * noise**0.5
+    z = y / variances.sqrt()
     in_scale = variances >= variant.share * variances.max()
-    r = z[:, in_scale].square().mean(dim=1, keepdim=True).sqrt().half().double()
+    r = klt_fit.round_scale(z[:, in_scale].square().mean(dim=1, keepdim=True).sqrt())
     squares = r.square()[:, 0] * weights
     centroids, errors = fit_codebooks(z / r, squares if variant.by_r else weights)
     blocks = KltBlocks(

@@ -216,6 +216,8 @@ def simulate_in_torch(x: Any, tables: Any, *, protected_tokens: int = 0, out: An
     """kvpack.klt.simulate_klt by torch's own operations: the same rule, rounded in another order."""
     import torch
 
+    from kvpack.calibrate.klt_fit import round_scale
+
     out = torch.empty_like(x) if out is None else out
     for table, channels in tables.slices():
         part = x[..., channels]
@@ -224,7 +226,8 @@ def simulate_in_torch(x: Any, tables: Any, *, protected_tokens: int = 0, out: An
             result = mean.expand(part.shape)
         else:
             z = (part.float() - mean) @ analysis
-            r = z[..., in_scale.bool()].square().mean(dim=-1, keepdim=True).sqrt().half().float()
+            r = z[..., in_scale.bool()].square().mean(dim=-1, keepdim=True).sqrt()
+            r = round_scale(r).float()
             unit = torch.where(r > 0, z[..., : table.coded] / r.clamp(min=1e-30), torch.zeros_like(z[..., :1]))
             result = mean + r * (nearest_centroids(unit, table.levels[: table.coded], centroids) @ synthesis)
         result = result.to(x.dtype, copy=True)

@@ -17,7 +17,7 @@ inline constexpr std::int64_t kMaxKltChannels = 4096;
 
 /// How one block of channels of one layer's K (before RoPE) or V becomes coefficients and comes back. Owns nothing.
 ///   z = (x - mean) * analysis      coefficients with a deviation of about 1
-///   r = the rms of z over the coefficients with in_scale, as float16; a code is the centroid nearest to z / r
+///   r = the rms of z over the coefficients with in_scale, in 8 bits; a code is the centroid nearest to z / r
 ///   x' = mean + r * (centroids of the codes * synthesis)
 /// The deviations of the transform are folded in: analysis holds A / sqrt(lambda), synthesis sqrt(lambda) * A^-1. Analysis may
 /// hold coefficients of 1 level behind the coded ones: they cost nothing and only take part in r.
@@ -33,7 +33,7 @@ struct KltTable {
   TensorView centroids;                  ///< [sum of the coded levels] float32, ascending per coefficient
 };
 
-/// Bytes of one token's row: 2 for r, the codes, padded to row_alignment; 0 where every coefficient is dropped.
+/// Bytes of one token's row: 1 for r, the codes, padded to row_alignment; 0 where every coefficient is dropped.
 ///   Throws    InvalidArgument for levels out of the list or ascending, with their place
 [[nodiscard]] std::int64_t klt_row_bytes(const std::int32_t* levels, std::int64_t coefficients,
                                          std::int64_t row_alignment);

@@ -13,7 +13,7 @@ from kvpack.klt_blocks import TENSOR_NAMES, KltTable, KltTables
 
 ROWS_FORMAT = "kvpack-klt-rows"
 TABLES_FORMAT = "kvpack-klt-tables"
-VERSION = "1"
+VERSION = "2"
 
 _ROWS_HEADER = ("fingerprint", "dtype", "leading", "tokens", "blocks")
 _TABLES_HEADER = ("blocks", "row_alignments")

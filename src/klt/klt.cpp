@@ -8,6 +8,7 @@
 #include "formats/klt_rows/codec_ref.h"
 #include "klt/finite.h"
 #include "klt/implementations.h"
+#include "klt/rules.h"
 #include "klt/table.h"
 
 namespace kvpack {
@@ -109,7 +110,7 @@ KltRopeData checked_rope(const KltRope& rope, const TensorView& out, std::int64_
 std::string describe(const klt_rows::RowFinding& finding) {
   switch (finding.fault) {
     case klt_rows::RowFault::kScale:
-      return text("its scale is ", to_float(Half{static_cast<std::uint16_t>(finding.actual)}),
+      return text("its scale is ", to_float(Half{static_cast<std::uint16_t>(klt_scale_bits(finding.actual))}),
                   "; it must be finite and at least 0");
     case klt_rows::RowFault::kDigits:
       return text("the digits at bit ", finding.bit, " are ", finding.actual, "; they must be below ",

@@ -134,7 +134,7 @@ inline Half scale_of(const float* z, const Prepared& prepared) {
   for (int v = 0; v < kVectors; ++v) store(strands + v * kLanes, sums[v]);
   Half scale;
   from_float(klt_rms(join_strands(strands), prepared.table->scale_count), scale);
-  return scale;
+  return Half{static_cast<std::uint16_t>(klt_scale_bits(klt_scale_code(scale.bits)))};
 }
 
 /// Finds the codes of one token and gives each vector of them to sink(class, place in the class, place among all, codes). A

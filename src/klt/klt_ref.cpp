@@ -62,6 +62,7 @@ klt_rows::TokenCodes quantize(const KltData& table, const std::vector<float>& z)
   }
   klt_rows::TokenCodes token;
   from_float(klt_rms(join_strands(strands), table.scale_count), token.scale);
+  token.scale.bits = static_cast<std::uint16_t>(klt_scale_bits(klt_scale_code(token.scale.bits)));
   const float inverse = klt_inverse_scale(to_float(token.scale));
   const float* centroids = table.centroids;
   std::size_t k = 0;

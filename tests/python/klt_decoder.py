@@ -20,8 +20,8 @@ GROUPS = ((3, 5), (5, 3), (7, 6))
 def decode_row(row: bytes, levels: list[int]) -> tuple[float, list[int]]:
     """Scale and codes of one row; levels are those of the coded coefficients, descending."""
     number = int.from_bytes(row, "little")
-    scale = struct.unpack("<e", row[:2])[0]
-    low, digits, bit = [0] * len(levels), [0] * len(levels), 16
+    scale = struct.unpack("<e", struct.pack("<H", row[0] << 7))[0]
+    low, digits, bit = [0] * len(levels), [0] * len(levels), 8
     for width in FIELD_ORDER:
         for k, count in enumerate(levels):
             if PARTS[count][0] == width:

@@ -47,7 +47,7 @@ def saved(tmp_path):
     ("change", "words"),
     [
         ({"format": "kvpack-tile64"}, "format is 'kvpack-tile64'"),
-        ({"version": "2"}, "version is '2'.*reads version '1'"),
+        ({"version": "1"}, "version is '1'.*reads version '2'"),
         ({"colour": "red"}, "header has the fields"),
         ({"fingerprint": "0" * 32}, "rows were made with tables 0000"),
         ({"dtype": "int64"}, "dtype is 'int64'"),

@@ -161,8 +161,15 @@ def scale_rows(y: torch.Tensor, variances: torch.Tensor) -> tuple[torch.Tensor, 
     """
     z = y / variances.sqrt()
     counted = torch.from_numpy(in_scale(variances.numpy()))
-    r = z[:, counted].square().mean(dim=1, keepdim=True).sqrt().half().double()
+    r = round_scale(z[:, counted].square().mean(dim=1, keepdim=True).sqrt())
     return torch.where(r > 0, z / r.clamp(min=_TINY), 0.0), r.square()[:, 0]
+
+
+def round_scale(rms: torch.Tensor) -> torch.Tensor:
+    """r as rows keep it (docs/formats/klt_rows.md): float16 of 3 bits of mantissa, ties to even; float64."""
+    bits = rms.clamp(max=65504).half().view(torch.int16).int()
+    codes = (bits + 63 + (bits >> 7 & 1) >> 7).clamp(max=0xF7)
+    return (codes << 7).short().view(torch.float16).double()
 
 
 def _fit_codebooks(y: torch.Tensor, variances: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

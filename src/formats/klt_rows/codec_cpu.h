@@ -129,7 +129,7 @@ inline std::uint64_t number_of_digits(const std::uint8_t* digits, std::int32_t s
 inline void pack_row(const klt_rows::RowLayout& layout, const PiecesPlan& plan, Half scale, std::uint8_t* pieces,
                      std::uint8_t* row) {
   BitWriter writer(row);
-  writer.put(scale.bits, klt_rows::kScaleBits);
+  writer.put(scale.bits >> kKltScaleShift, klt_rows::kScaleBits);
   for (std::int32_t s = 0; s < klt_rows::kNumFieldSections; ++s) {
     std::uint8_t* fields = pieces + plan.first[s];
     const std::int32_t count = plan.count[s];
@@ -206,9 +206,7 @@ inline Half unpack_row(const klt_rows::RowLayout& layout, const PiecesPlan& plan
       }
     }
   }
-  Half scale;
-  std::memcpy(&scale.bits, row, sizeof(scale.bits));
-  return scale;
+  return Half{static_cast<std::uint16_t>(klt_scale_bits(row[0]))};
 }
 
 }  // namespace

@@ -29,7 +29,8 @@ __device__ inline __half scale_of(const float* z, const std::int32_t* in_scale, 
     count += __shfl_down_sync(kAllLanes, count, half);
   }
   const float sum = __shfl_sync(kAllLanes, strand, 0);
-  return __float2half_rn(klt_rms(sum, __shfl_sync(kAllLanes, count, 0)));
+  const __half rms = __float2half_rn(klt_rms(sum, __shfl_sync(kAllLanes, count, 0)));
+  return __ushort_as_half(static_cast<unsigned short>(klt_scale_bits(klt_scale_code(__half_as_ushort(rms)))));
 }
 
 /// Codes of one coefficient of several tokens: its boundaries are read once for all.
@@ -124,7 +125,7 @@ struct WarpScales {
 ///
 ///   lanes     z0 z1 ... z31 | z32 ...       y = z / r against the boundaries of each, kTogether tokens at a time
 ///   pieces    02 01 | 1 2 0 | ...           bytes of shared memory, section after section
-///   lanes     word 0 (r) | word 1 | ...     16 bits of the row each
+///   lanes     word 0 (r and 8 bits) | word 1 | ...     16 bits of the row each
 ///
 /// Launch  any number of blocks of kThreads; a warp for kTogether tokens
 /// Work    codes into pieces, then words out of pieces
@@ -169,7 +170,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Parts parts) {
       std::uint16_t* words = row_of(parts, first + u);
       const std::uint8_t* own = pieces + u * size;
       for (std::int32_t i = lane; i < parts.plan.layout.row_bytes / 2; i += kWarpLanes) {
-        const std::uint32_t word = i == 0 ? __half_as_ushort(warp_scales.scales[u]) : word_of(parts.plan, own, i);
+        const std::uint32_t scale = i == 0 ? __half_as_ushort(warp_scales.scales[u]) >> kKltScaleShift : 0u;
+        const std::uint32_t word = word_of(parts.plan, own, i) | scale;
         words[i] = static_cast<std::uint16_t>(word);
       }
     }
@@ -279,7 +281,8 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(Parts parts, std::int3
       const bool exists = first + u < parts.num_rows;
       words[u] = row_of(parts, exists ? first + u : first);
       if (lane == 0 && exists) {
-        parts.scales[first + u] = num_words > 0 ? __half2float(__ushort_as_half(words[u][0])) : 0.0f;
+        parts.scales[first + u] =
+            num_words > 0 ? __half2float(__ushort_as_half(klt_scale_bits(words[u][0] & 0xffu))) : 0.0f;
       }
     }
     for (std::int32_t k = lane; k < parts.pitch; k += kWarpLanes) {

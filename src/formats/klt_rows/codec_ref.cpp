@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "klt/rules.h"
+
 namespace kvpack::klt_rows {
 
 namespace {
@@ -66,7 +68,7 @@ void for_each_coefficient(const RowLayout& layout, Body&& body) {
 void write_row(const RowLayout& layout, const TokenCodes& token, std::uint8_t* row) {
   if (layout.coded == 0) return;
   std::fill(row, row + layout.row_bytes, std::uint8_t{0});
-  put_bits(row, 0, kScaleBits, token.scale.bits);
+  put_bits(row, 0, kScaleBits, token.scale.bits >> kKltScaleShift);
   std::vector<std::uint32_t> digits[kNumDigitSections];
   std::size_t k = 0;
   for_each_coefficient(layout, [&](LevelParts parts, std::int32_t field, std::int32_t) {
@@ -93,7 +95,7 @@ void write_row(const RowLayout& layout, const TokenCodes& token, std::uint8_t* r
 TokenCodes read_row(const RowLayout& layout, const std::uint8_t* row) {
   TokenCodes token;
   if (layout.coded == 0) return token;
-  token.scale.bits = static_cast<std::uint16_t>(get_bits(row, 0, kScaleBits));
+  token.scale.bits = static_cast<std::uint16_t>(klt_scale_bits(get_bits(row, 0, kScaleBits)));
   for_each_coefficient(layout, [&](LevelParts parts, std::int32_t field, std::int32_t digit) {
     std::uint32_t code = 0;
     if (parts.field_section >= 0) {
@@ -114,7 +116,7 @@ TokenCodes read_row(const RowLayout& layout, const std::uint8_t* row) {
 RowFinding check_row(const RowLayout& layout, const std::uint8_t* row) {
   if (layout.coded == 0) return {};
   const std::uint32_t scale = get_bits(row, 0, kScaleBits);
-  if (scale >= 0x7c00u) return {RowFault::kScale, 0, scale, 0};
+  if (scale >= kKltScaleCodes) return {RowFault::kScale, 0, scale, 0};
   for (std::int32_t s = 0; s < kNumDigitSections; ++s) {
     for (std::int32_t g = 0; g < num_groups(layout, s); ++g) {
       const Group group = group_of(layout, s, g);

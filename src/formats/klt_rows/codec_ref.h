@@ -11,7 +11,7 @@ namespace kvpack::klt_rows {
 
 /// One token between values and bytes: r and a code for each coded coefficient.
 struct TokenCodes {
-  Half scale{0};
+  Half scale{0};  // as klt_scale_bits makes it
   std::vector<std::uint32_t> codes;
 };
 
@@ -26,7 +26,7 @@ enum class RowFault : std::int32_t { kNone, kScale, kDigits, kPadding };
 struct RowFinding {
   RowFault fault = RowFault::kNone;
   std::int32_t bit = 0;        // where in the row
-  std::uint32_t actual = 0;    // the bits there: of r, of a group of digits, of the padding byte
+  std::uint32_t actual = 0;    // the bits there: the code of r, of a group of digits, of the padding byte
   std::uint32_t expected = 0;  // of digits: they must lie below this
 };
 RowFinding check_row(const RowLayout& layout, const std::uint8_t* row);

@@ -1,7 +1,7 @@
 // THE home of klt_rows' bytes: where the codes of a token's row lie. Spec with an example: docs/formats/klt_rows.md.
 //
 //   A number of levels is odd * 2^low, odd 1, 3, 5 or 7: a code is digit * 2^low + its low bits. A row, low bits first:
-//   | r 16 bits | low bits: 4s | 2s | 1s | 6s | 5s | 3s | digits: base 3 | base 5 | base 7 | zeros to whole bytes |
+//   | r 8 bits | low bits: 4s | 2s | 1s | 6s | 5s | 3s | digits: base 3 | base 5 | base 7 | zeros to whole bytes |
 //   12 levels: low 2 -> section "2s", and a digit of base 3. Base 3 puts 5 digits into 8 bits, base 5 3 into 7, base 7 6 into
 //   17; the last group of a section takes only the bits that its digits need.
 #pragma once
@@ -13,8 +13,8 @@
 
 namespace kvpack::klt_rows {
 
-/// Bits of r, a float16.
-inline constexpr std::int32_t kScaleBits = 16;
+/// Bits of r, the upper half of a float16 without its sign.
+inline constexpr std::int32_t kScaleBits = 8;
 
 /// Sections of a row in their order: fields of so many bits, then digits of so large a base.
 inline constexpr std::int32_t kNumFieldSections = 6;

@@ -22,7 +22,7 @@ struct GoldenRow {
 };
 
 std::vector<GoldenRow> read_golden() {
-  std::ifstream file(std::string(KVPACK_GOLDEN_DIR) + "/klt_rows_v1.txt");
+  std::ifstream file(std::string(KVPACK_GOLDEN_DIR) + "/klt_rows_v2.txt");
   std::vector<GoldenRow> rows;
   for (std::string line; std::getline(file, line);) {
     if (line.starts_with('#')) continue;

@@ -66,13 +66,13 @@ TEST(Allocation, TakesTheStepOfTheLargestFallPerBitEveryTime) {
         for (std::size_t m = places[n] + 1; m < wanted.levels.size(); ++m) {
           const double cost = std::log2(wanted.levels[m]) - std::log2(wanted.levels[places[n]]);
           const double fall = (wanted.errors[n * 14 + places[n]] - wanted.errors[n * 14 + m]) / cost;
-          if (cost + (has_scale ? 0.0 : 16.0) <= left && fall > best) {
+          if (cost + (has_scale ? 0.0 : 8.0) <= left && fall > best) {
             best = fall, cost_of_best = cost, who = n, where = m;
           }
         }
       }
       if (best == 0.0) break;
-      left -= cost_of_best + (has_scale ? 0.0 : 16.0);
+      left -= cost_of_best + (has_scale ? 0.0 : 8.0);
       has_scale = true;
       places[who] = where;
     }

@@ -131,26 +131,26 @@ TEST(HostileRows, DecodeToSomethingAndAreNamed) {
 }
 
 TEST(HostileRows, SayWhatIsWrong) {
-  // 16 bits of scale, two groups of 5 trits, 2 of padding... 3 levels x 7: 8 + 4 bits, so 4 bits of padding.
+  // 8 bits of r, 7 digits of base 3 in 8 and 4 bits, 12 bits of padding.
   OwnedKltTable owned(9, std::vector<std::int32_t>(7, 3), kSeed);
   ASSERT_EQ(owned.row_bytes(), 4);
-  std::vector<std::uint8_t> rows{0, 0x3c, 242, 8, 0, 0x3c, 242, 8};
+  std::vector<std::uint8_t> rows{0x78, 242, 8, 0, 0x78, 242, 8, 0};
   const auto check = [&] {
     return refusal([&] { check_klt(make_view(rows.data(), DType::kUInt8, {2, 4}), owned.view()); });
   };
   EXPECT_EQ(check(), "accepted");
-  rows[6] = 243;
-  EXPECT_EQ(check(), "row of sequence 0, token 1: the digits at bit 16 are 243; they must be below 243");
+  rows[5] = 243;
+  EXPECT_EQ(check(), "row of sequence 0, token 1: the digits at bit 8 are 243; they must be below 243");
+  rows[5] = 0;
+  rows[6] = 9;
+  EXPECT_EQ(check(), "row of sequence 0, token 1: the digits at bit 16 are 9; they must be below 9");
+  rows[6] = 0x10;
+  EXPECT_EQ(check(), "row of sequence 0, token 1: bit 20 is 1; it is padding and must be 0");
   rows[6] = 0;
-  rows[7] = 9;
-  EXPECT_EQ(check(), "row of sequence 0, token 1: the digits at bit 24 are 9; they must be below 9");
-  rows[7] = 0x10;
-  EXPECT_EQ(check(), "row of sequence 0, token 1: bit 28 is 1; it is padding and must be 0");
-  rows[7] = 0;
-  rows[1] = 0x7c;
+  rows[0] = 0xf8;
   EXPECT_EQ(check(), "row of sequence 0, token 0: its scale is inf; it must be finite and at least 0");
-  rows[1] = 0x80;
-  EXPECT_NE(check().find("its scale is -0"), std::string::npos);
+  rows[0] = 0xf9;
+  EXPECT_NE(check().find("its scale is nan"), std::string::npos);
 }
 
 }  // namespace

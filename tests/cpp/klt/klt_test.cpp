@@ -5,6 +5,7 @@
 
 #include "core/half.h"
 #include "formats/klt_rows/codec_ref.h"
+#include "klt/rules.h"
 #include "klt/table.h"
 #include "kvpack/kvpack.h"
 #include "support/compare.h"
@@ -175,7 +176,7 @@ TEST(KltRows, EveryCodeComesBack) {
     std::vector<std::uint8_t> row(static_cast<std::size_t>(layout.row_bytes));
     for (std::uint32_t round = 0; round < 64; ++round) {
       klt_rows::TokenCodes token;
-      token.scale.bits = static_cast<std::uint16_t>(round * 401u);
+      token.scale.bits = static_cast<std::uint16_t>(klt_scale_bits(round * 247u / 63u));
       for (std::int32_t k = 0; k < layout.coded; ++k) {
         token.codes.push_back((round * 7u + static_cast<std::uint32_t>(k) * 13u + round / 3u) %
                               static_cast<std::uint32_t>(one.levels[static_cast<std::size_t>(k)]));
@@ -187,6 +188,21 @@ TEST(KltRows, EveryCodeComesBack) {
         ASSERT_EQ(read.scale.bits, token.scale.bits);
       }
       ASSERT_EQ(static_cast<int>(klt_rows::check_row(layout, row.data()).fault), 0) << one.name;
+    }
+  }
+}
+
+TEST(KltScale, IsTheNearestOfItsCodes) {
+  for (std::uint32_t bits = 0; bits < 0x7c00u; ++bits) {
+    const float r = to_float(Half{static_cast<std::uint16_t>(bits)});
+    const std::uint32_t code = klt_scale_code(bits);
+    ASSERT_LT(code, kKltScaleCodes);
+    const auto distance = [&](std::uint32_t other) {
+      return std::abs(to_float(Half{static_cast<std::uint16_t>(klt_scale_bits(other))}) - r);
+    };
+    for (const std::uint32_t other : {code == 0 ? 0u : code - 1, std::min(code + 1, kKltScaleCodes - 1)}) {
+      ASSERT_LE(distance(code), distance(other)) << r;
+      ASSERT_TRUE(other == code || distance(code) < distance(other) || code % 2 == 0) << r;
     }
   }
 }
