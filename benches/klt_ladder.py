@@ -256,7 +256,9 @@ def fit_part(x: torch.Tensor, g: torch.Tensor, variant: Variant, fingerprint: Mo
     fisher = g.T @ g / len(g)
     importance = fisher.diagonal().clone()
     fisher = (1 - variant.shrinkage) * fisher + variant.shrinkage * torch.diag(importance)
-    weights = token_weights(g[: len(x)], fisher, variant.token_limit)
+    weights = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    if variant.token_limit:
+        weights = klt_fit.token_weights(g[: len(x)], fisher, variant.token_limit)
     counted = weights if variant.weigh_covariance else torch.ones_like(weights)
     mean = (counted[:, None] * x).sum(0) / counted.sum()
     covariance = (counted[:, None] * (x - mean)).T @ (x - mean) / counted.sum()
@@ -281,17 +283,6 @@ def fit_part(x: torch.Tensor, g: torch.Tensor, variant: Variant, fingerprint: Mo
     )
     numbers = (each.float().cpu().numpy() for each in (mean, covariance.diagonal(), importance))
     return LayerKlt(*numbers, {fingerprint.kv_heads: blocks})
-
-
-def token_weights(g: torch.Tensor, fisher: torch.Tensor, limit: float) -> torch.Tensor:
-    """How much errors of each token matter beside those of others, mean 1; all 1 without a limit."""
-    if not limit:
-        return torch.ones(len(g), dtype=torch.float64, device=g.device)
-    ridge = 1e-2 * fisher.diagonal().mean() * torch.eye(len(fisher), dtype=torch.float64, device=g.device)
-    values, vectors = torch.linalg.eigh(fisher + ridge)
-    weights = ((g @ vectors) / values.sqrt()).square().mean(dim=1)
-    weights = weights.clamp(max=limit * float(weights.mean()))
-    return weights / weights.mean()
 
 
 def fit_codebooks(z: torch.Tensor, weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,15 @@ from klt_calibrations import make_gradients, make_klt_calibration, make_states
 
 from kvpack.calibrate import CalibrationError
 from kvpack.calibrate.klt_calibration import GRID_LEVELS, LEVELS
-from kvpack.calibrate.klt_fit import KltFitOptions, decorrelate, fit_klt_layer, in_scale, round_scale, scale_rows
+from kvpack.calibrate.klt_fit import (
+    KltFitOptions,
+    decorrelate,
+    fit_klt_layer,
+    in_scale,
+    round_scale,
+    scale_rows,
+    token_weights,
+)
 from kvpack.klt import simulate_klt
 from kvpack.klt_tables import make_tables
 
@@ -39,6 +47,7 @@ def test_half_the_weighted_error_of_a_row_is_what_distortions_add_up_to() -> Non
     states, gradients = make_states(TOKENS, CHANNELS, 1), make_gradients(TOKENS, CHANNELS, 1)
     part = fit_klt_layer(states, OPTIONS, gradients=gradients)
     fisher = gradients.double().T @ gradients.double() / TOKENS
+    tokens = token_weights(gradients, fisher)
     rng = np.random.default_rng(3)
     for heads, known, grids in ((2, LEVELS, False), (2, GRID_LEVELS, True), (1, LEVELS, False)):
         blocks = part.blocks[heads]
@@ -47,10 +56,41 @@ def test_half_the_weighted_error_of_a_row_is_what_distortions_add_up_to() -> Non
         error = (simulate_klt(states, tables) - states).double()
         # Blocks know nothing of each other: the cross terms are not in their distortions.
         weight = torch.block_diag(*(with_ridge(block) for block in blocks_of(fisher, 8 * heads)))
-        measured = 0.5 * torch.einsum("tc,cd,td->t", error, weight, error).mean()
+        measured = 0.5 * (tokens * torch.einsum("tc,cd,td->t", error, weight, error)).mean()
         table = blocks.grid_distortions if grids else blocks.distortions
         expected = sum(table[row, known.index(count)] for row, count in enumerate(levels))
         assert float(measured) == pytest.approx(expected, rel=2e-3)
+
+
+def test_tokens_weigh_by_their_gradients() -> None:
+    gradients = make_gradients(TOKENS, CHANNELS, 7).double()
+    gradients[:5] *= 40
+    fisher = gradients.T @ gradients / TOKENS
+    ridge = 1e-2 * fisher.diagonal().mean() * torch.eye(CHANNELS, dtype=torch.float64)
+    expected = torch.einsum("tc,cd,td->t", gradients, torch.linalg.inv(fisher + ridge), gradients)
+    weights = token_weights(gradients, fisher, limit=20.0)
+    assert float(weights.mean()) == pytest.approx(1.0)
+    below = expected < 20 * expected.mean()
+    assert 0 < int((~below).sum()) <= 5
+    ratio = weights / expected
+    torch.testing.assert_close(ratio[below], ratio[-1].expand(int(below.sum())))
+    assert float(weights[~below].max() / weights[-1]) == pytest.approx(float(20 * expected.mean() / expected[-1]))
+    assert (token_weights(torch.zeros(3, 4), torch.zeros(4, 4, dtype=torch.float64)) == 1).all()
+
+
+def test_a_statistic_is_that_of_weighted_tokens() -> None:
+    states, gradients = make_states(TOKENS, CHANNELS, 8), make_gradients(TOKENS, CHANNELS, 8)
+    tokens = token_weights(gradients, gradients.double().T @ gradients.double() / TOKENS)
+    part = fit_klt_layer(states, OPTIONS, gradients=gradients)
+    expected = np.average(states.double().numpy(), axis=0, weights=tokens.numpy())
+    np.testing.assert_allclose(part.mean, expected, rtol=1e-5, atol=1e-6)
+    centred = states.double() - torch.from_numpy(expected)
+    np.testing.assert_allclose(part.spread, states.double().var(dim=0, correction=0), rtol=1e-5)
+    basis = torch.from_numpy(part.blocks[2].basis[0]).double()
+    covariance = (tokens[:, None] * (centred @ basis)).T @ (centred @ basis) / TOKENS
+    torch.testing.assert_close(
+        covariance, torch.from_numpy(part.blocks[2].variances).double().diag(), rtol=1e-4, atol=1e-4
+    )
 
 
 def blocks_of(matrix: torch.Tensor, size: int) -> list[torch.Tensor]:

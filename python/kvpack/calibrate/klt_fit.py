@@ -6,6 +6,7 @@ docs/klt.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,9 @@ _CHUNK_TOKENS = 4096
 _GRID_TOKENS = 4096
 """A grid has two numbers, and needs fewer tokens than 64 centroids do; its fit takes time in proportion to them."""
 _FISHER_RIDGE = 1e-3
+_TOKEN_RIDGE = 1e-2
+TOKEN_LIMIT = 20.0
+"""A token counts at most so many times as much as the mean one."""
 _COVARIANCE_RIDGE = 1e-7
 """Of the mean of the diagonal: directions that no token had get a variance, a small one, so that no scale is 0."""
 SCALE_SHARE = 0.02
@@ -59,41 +63,76 @@ def fit_klt_layer(
     """
     if len(states) < 2:
         raise CalibrationError(f"{len(states)} tokens; a covariance needs at least 2")
-    mean = _sum_over(states, lambda chunk: chunk.sum(dim=0)) / len(states)
-    covariance = _sum_over(states, lambda chunk: (chunk - mean).T @ (chunk - mean)) / len(states)
     if gradients is None:
-        fisher = torch.eye(len(mean), dtype=torch.float64) * weight
+        fisher = torch.eye(states.shape[1], dtype=torch.float64) * weight
+        tokens = torch.ones(len(states), dtype=torch.float64)
     else:
-        fisher = _sum_over(gradients, lambda chunk: chunk.T @ chunk) / len(gradients)
-    for name, matrix in (("states", covariance), ("gradients", fisher)):
-        if not bool(torch.isfinite(matrix).all()):
-            raise CalibrationError(f"the squares of {name} are not finite; their largest is beyond what floats hold")
+        fisher = _mean_over(gradients, lambda chunk, _: chunk.T @ chunk)
+        _check_finite("gradients", fisher)
+        tokens = token_weights(gradients, fisher)
+    plain = _mean_over(states, lambda chunk, _: chunk.sum(dim=0))
+    spread = _mean_over(states, lambda chunk, _: (chunk - plain).square().sum(dim=0))
+    weighted = tokens[:, None]
+    mean = plain + _mean_over(states, lambda chunk, part: (weighted[part] * (chunk - plain)).sum(dim=0))
+    covariance = _mean_over(states, lambda chunk, part: (weighted[part] * (chunk - mean)).T @ (chunk - mean))
+    _check_finite("states", covariance)
     importance = fisher.diagonal().clone()
     fisher = (1 - options.shrinkage) * fisher + options.shrinkage * torch.diag(importance)
-    sample = _sample_of(states, options)
-    blocks = {heads: _fit_blocks(sample, mean, covariance, fisher, heads, options) for heads in options.blocks}
-    return LayerKlt(_float32(mean), _float32(covariance.diagonal()), _float32(importance), blocks)
+    chosen = _choose_rows(len(states), options)
+    sample = (states[chosen].double() - mean, tokens[chosen])
+    blocks = {heads: _fit_blocks(*sample, covariance, fisher, heads, options) for heads in options.blocks}
+    return LayerKlt(_float32(mean), _float32(spread), _float32(importance), blocks)
 
 
-def _sum_over(rows: torch.Tensor, part: object) -> torch.Tensor:
-    """The sum of part(chunk) over chunks of rows in float64: memory holds one chunk beside the matrix."""
+def _check_finite(name: str, matrix: torch.Tensor) -> None:
+    if not bool(torch.isfinite(matrix).all()):
+        raise CalibrationError(f"the squares of {name} are not finite; their largest is beyond what floats hold")
+
+
+def _mean_over(rows: torch.Tensor, part: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
+    """The sum of part(chunk, where) over the number of rows, in float64: memory holds one chunk beside the matrix."""
     total = None
     for first in range(0, len(rows), _CHUNK_TOKENS):
-        value = part(rows[first : first + _CHUNK_TOKENS].double())  # type: ignore[operator]
+        where = slice(first, first + _CHUNK_TOKENS)
+        value = part(rows[where].double(), where)
         total = value if total is None else total.add_(value)
-    return total  # type: ignore[return-value]
+    assert total is not None
+    return total / len(rows)
 
 
-def _sample_of(states: torch.Tensor, options: KltFitOptions) -> torch.Tensor:
-    if len(states) <= options.rows:
-        return states.double()
-    chosen = np.sort(np.random.default_rng(options.seed).permutation(len(states))[: options.rows])
-    return states[torch.from_numpy(chosen)].double()
+def token_weights(gradients: torch.Tensor, fisher: torch.Tensor, limit: float = TOKEN_LIMIT) -> torch.Tensor:
+    """How much an error of each token matters beside the same error of others: g^T F^-1 g, mean 1.
+
+    Args:
+        gradients: [tokens, channels], any floating type.
+        fisher: float64 [channels, channels], the mean of g g^T.
+        limit: times the mean, at most: a few tokens shall not decide everything.
+
+    Returns:
+        float64 [tokens]; ones where no gradient is above 0.
+    """
+    identity = torch.eye(len(fisher), dtype=torch.float64, device=fisher.device)
+    ridge = max(_TOKEN_RIDGE * float(fisher.diagonal().mean()), _TINY)
+    values, vectors = torch.linalg.eigh(fisher + identity * ridge)
+    whitening = vectors / values.clamp(min=ridge).sqrt()
+    chunks = gradients.split(_CHUNK_TOKENS)
+    weights = torch.cat([(chunk.double() @ whitening).square().mean(dim=1) for chunk in chunks])
+    weights = weights.clamp(max=limit * float(weights.mean()))
+    mean = float(weights.mean())
+    return weights / mean if mean > 0 else torch.ones_like(weights)
+
+
+def _choose_rows(tokens: int, options: KltFitOptions) -> torch.Tensor:
+    """Indices of the tokens that fit the codebooks, ascending."""
+    if tokens <= options.rows:
+        return torch.arange(tokens)
+    chosen = np.random.default_rng(options.seed).permutation(tokens)[: options.rows]
+    return torch.from_numpy(np.sort(chosen))
 
 
 def _fit_blocks(
-    sample: torch.Tensor,
-    mean: torch.Tensor,
+    centred: torch.Tensor,
+    tokens: torch.Tensor,
     covariance: torch.Tensor,
     fisher: torch.Tensor,
     heads: int,
@@ -101,14 +140,14 @@ def _fit_blocks(
 ) -> KltBlocks:
     size = heads * options.head_dim
     bases, variances, codebooks = [], [], []
-    for first in range(0, len(mean), size):
+    for first in range(0, len(covariance), size):
         part = slice(first, first + size)
         basis, variance = decorrelate(covariance[part, part], fisher[part, part])
         # As they will be stored, so that codebooks are fitted to what the stored basis makes.
         basis = basis.float()
         bases.append(basis)
         variances.append(variance)
-        codebooks.append(_fit_codebooks((sample[:, part] - mean[part]) @ basis.double(), variance))
+        codebooks.append(_fit_codebooks(centred[:, part] @ basis.double(), tokens, variance))
     centroids, distortions, grids, grid_distortions = (np.concatenate(parts) for parts in zip(*codebooks, strict=True))
     return KltBlocks(
         basis=torch.stack(bases).numpy(),
@@ -166,18 +205,21 @@ def scale_rows(y: torch.Tensor, variances: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def round_scale(rms: torch.Tensor) -> torch.Tensor:
-    """r as rows keep it (docs/formats/klt_rows.md): float16 of 3 bits of mantissa, ties to even; float64."""
+    """What a row keeps of r (docs/formats/klt_rows.md): a float16 of 3 bits of mantissa, ties to even; float64."""
     bits = rms.clamp(max=65504).half().view(torch.int16).int()
     codes = (bits + 63 + (bits >> 7 & 1) >> 7).clamp(max=0xF7)
     return (codes << 7).short().view(torch.float16).double()
 
 
-def _fit_codebooks(y: torch.Tensor, variances: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _fit_codebooks(
+    y: torch.Tensor, tokens: torch.Tensor, variances: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Centroids, distortions, grids and their distortions of one block, as KltBlocks holds them."""
     from kvpack.klt_fit import calibrate_klt_codebooks, calibrate_klt_grids
 
     units, squares = scale_rows(y, variances)
-    # r is part of the error. Half: the second order of the loss.
+    squares = squares * tokens
+    # r and the token are parts of the error. Half: the second order of the loss.
     loss = (0.5 * variances * squares.mean()).numpy()[:, None]
     z = units.float().numpy()
     # Keys or values that never change have no r above 0, and nothing to fit.
