@@ -33,8 +33,8 @@ TEXT = "TEXT"
 CODEBOOKS = ("nuq4+1%+sink", "nuq3+1%+sink", "nuq2+1%+sink")
 BUDGETS = ("klt-3.4+sink", "klt-2.4+sink", "klt-2+sink")
 SHAPES = (
-    "klt-4.4+sink", *BUDGETS, "klt-1.5+sink", "klt-3.4-fast+sink", "klt-2.4-fast+sink", "klt-2-fast+sink",
-    "klt-2.4-fast-headsall+sink", "klt-2.4-heads1+sink", "k:klt-2.4-heads1+sink,v:klt-2.4+sink",
+    "klt-4.4+sink", *BUDGETS, "klt-1.5+sink", "klt-2.4-fast+sink", "klt-2.4-fast-headsall+sink",
+    "k:klt-2.4-heads1+sink,v:klt-2.4+sink",
 )  # fmt: skip
 AT_24 = ("klt-2.4+sink",)
 
@@ -68,19 +68,19 @@ _LOCAL = ("pydoc", "stdlib", "licences", "manuals")
 STAGES = {
     "baselines": Stage((TEXT,), 16, CODEBOOKS, _KVQUANT, ("nuq3+1%+sink", "nuq2+1%+sink")),
     "baselines-foreign": Stage(("pydoc",), 16, CODEBOOKS[1:], _KVQUANT),
-    "own": Stage((TEXT,), 16, SHAPES, {}, BUDGETS[:2]),
-    "foreign": Stage(("pydoc",), 16, BUDGETS, _ONE_BLOCK, BUDGETS[:2]),
-    "mixed": Stage(_MIX, 32, BUDGETS, _ONE_BLOCK, BUDGETS[:2]),
+    "own": Stage((TEXT,), 16, SHAPES, {}, AT_24),
+    "foreign": Stage(("pydoc",), 16, BUDGETS, _ONE_BLOCK, AT_24),
+    "mixed": Stage(_MIX, 32, BUDGETS, _ONE_BLOCK, AT_24),
     "local": Stage(_LOCAL, 32, BUDGETS, _ONE_BLOCK, BUDGETS[:2]),
     "broad": Stage((TEXT, *_LOCAL), 40, BUDGETS, _ONE_BLOCK, BUDGETS[:2]),
-    "noise": Stage((TEXT,), 16, BUDGETS, _ONE_BLOCK | {"weights": "noise"}),
+    "noise": Stage((TEXT,), 16, AT_24, _ONE_BLOCK | {"weights": "noise"}),
     "more": Stage((TEXT,), 32, BUDGETS, _ONE_BLOCK | {"rows": 65536}),
     "shrunk-0.1": Stage((TEXT,), 16, BUDGETS, _ONE_BLOCK | {"shrinkage": 0.1}),
     "shrunk-0.3": Stage((TEXT,), 16, BUDGETS, _ONE_BLOCK | {"shrinkage": 0.3}),
     "foreign-shrunk-0.3": Stage(("pydoc",), 16, BUDGETS, _ONE_BLOCK | {"shrinkage": 0.3}),
     "local-shrunk-0.3": Stage(_LOCAL, 32, BUDGETS, _ONE_BLOCK | {"shrinkage": 0.3}),
     "baselines-8192": Stage((TEXT,), 4, CODEBOOKS[1:], _KVQUANT, seqlen=8192),
-    "own-8192": Stage((TEXT,), 4, (*BUDGETS, "klt-1.5+sink"), _ONE_BLOCK, seqlen=8192),
+    "own-8192": Stage((TEXT,), 4, BUDGETS, _ONE_BLOCK, seqlen=8192),
 }
 
 
