@@ -154,6 +154,18 @@ __device__ inline std::uint32_t pair_near(float lower, float upper) {
   return bits_of_pair(__floats2half2_rn(lower, upper));
 }
 
+/// Bits of the smallest number that is not below a float32, and of the largest that is not above it; infinities count.
+template <MmaType kType>
+__device__ inline std::uint32_t bits_at_least(float value) {
+  if constexpr (kType == MmaType::kBFloat16) return __bfloat16_as_ushort(__float2bfloat16_ru(value));
+  return __half_as_ushort(__float2half_ru(value));
+}
+template <MmaType kType>
+__device__ inline std::uint32_t bits_at_most(float value) {
+  if constexpr (kType == MmaType::kBFloat16) return __bfloat16_as_ushort(__float2bfloat16_rd(value));
+  return __half_as_ushort(__float2half_rd(value));
+}
+
 /// About a / b.
 template <MmaType kType>
 __device__ inline std::uint32_t pair_ratio(std::uint32_t a, std::uint32_t b) {

@@ -2,13 +2,14 @@
 // Long vectors take two passes, groups of at most 128 tokens one. The rules are quantize/uniform.h and codebook.h.
 #pragma once
 
-#include "quantize/packs_cuda.cuh"
+#include "quantize/tables_cuda.cuh"
 
 namespace kvpack::cuda {
 
 inline constexpr int kColumnWarps = 8;
 inline constexpr int kColumnThreads = kColumnWarps * kWarpLanes;
 inline constexpr int kColumnTokens = 128;  // of a tile: 16 loads a thread
+inline constexpr int kRangeTokens = 256;   // of a tile that is only read: merging costs as much as a dozen loads
 inline constexpr int kColumnBatch = 4;     // loads of a thread that are on their way together
 static_assert(kColumnTokens % (kColumnWarps * kColumnBatch) == 0);
 
@@ -16,41 +17,57 @@ static_assert(kColumnTokens % (kColumnWarps * kColumnBatch) == 0);
 template <typename T>
 inline constexpr int kColumnChannels = kPack<T> * kWarpLanes;
 
-/// Ranges or grids of a tile's channels in shared memory, element j of lane l at [j][l]: no two lanes share a bank.
+/// Grids of a tile's channels in shared memory, element j of lane l at [j][l]: no two lanes share a bank.
 template <typename T, typename Value>
 using ColumnValues = Value[kPack<T>][kWarpLanes];
 
-/// A tile: kColumnTokens tokens at most of one group, kColumnChannels channels.
+/// A tile: at most kTokens tokens of one group, kColumnChannels channels.
 struct ColumnTile {
   std::int64_t group;
   std::int64_t first_channel;
   TokenRange tokens;
 };
 
-template <typename T>
+template <int kTokens, typename T>
 __host__ __device__ std::int64_t column_tiles(const VectorPlan<T>& plan) {
-  return divide_up(plan.channels, kColumnChannels<T>) * divide_up(plan.group, kColumnTokens) * plan.num_groups;
+  return divide_up(plan.channels, kColumnChannels<T>) * divide_up(plan.group, kTokens) * plan.num_groups;
 }
 
-template <typename T>
+template <int kTokens, typename T>
 __device__ ColumnTile column_tile(const VectorPlan<T>& plan, std::int64_t index) {
   const std::int64_t across = divide_up(plan.channels, kColumnChannels<T>);
-  const std::int64_t down = divide_up(plan.group, kColumnTokens);
+  const std::int64_t down = divide_up(plan.group, kTokens);
   ColumnTile tile{index / across / down, index % across * kColumnChannels<T>, {}};
   const TokenRange tokens = plan.token_range(tile.group);
-  tile.tokens.first = tokens.first + index / across % down * kColumnTokens;
-  tile.tokens.end = min(tile.tokens.first + kColumnTokens, tokens.end);
+  tile.tokens.first = tokens.first + index / across % down * kTokens;
+  tile.tokens.end = min(tile.tokens.first + kTokens, tokens.end);
   return tile;
 }
 
-/// Merges the ranges of a block's threads into shared keys, which must be none() everywhere before.
+/// Ranges that the warps of a block have found for a tile's channels, laid out as ColumnValues.
 template <typename T>
-__device__ void merge_columns(const PackRange<T>& own, int lane, ColumnValues<T, RangeKeys>& shared) {
+struct ColumnRanges {
+  float low[kColumnWarps][kPack<T>][kWarpLanes];
+  float high[kColumnWarps][kPack<T>][kWarpLanes];
+
+  __device__ void put(const PackRange<T>& own, int warp, int lane) {
 #pragma unroll
-  for (int j = 0; j < kPack<T>; ++j) {
-    merge_atomically(shared[j][lane], {ordered_key(own.low_at(j)), ~ordered_key(own.high_at(j))});
+    for (int j = 0; j < kPack<T>; ++j) {
+      low[warp][j][lane] = own.low_at(j);
+      high[warp][j][lane] = own.high_at(j);
+    }
   }
-}
+  /// Of element j of a lane, over all warps; a barrier after put() must come before.
+  [[nodiscard]] __device__ float2 merged(int j, int lane) const {
+    float2 range{low[0][j][lane], high[0][j][lane]};
+#pragma unroll
+    for (int warp = 1; warp < kColumnWarps; ++warp) {
+      range.x = min_or_nan(range.x, low[warp][j][lane]);
+      range.y = max_or_nan(range.y, high[warp][j][lane]);
+    }
+    return range;
+  }
+};
 
 template <typename T>
 __device__ bool has_bad_range(const PackRange<T>& range) {
@@ -63,21 +80,20 @@ __device__ bool has_bad_range(const PackRange<T>& range) {
 /// Smallest and largest of each vector.
 ///
 /// Launch  any number of blocks of kColumnThreads
-/// Work    tiles of kColumnTokens tokens; warp w takes tokens w, w + 8, ...; the block merges, then memory
+/// Work    tiles of kRangeTokens tokens; warp w takes tokens w, w + 8, ...; the block merges, then memory
 /// Reads   x of the quantised tokens once
 /// Writes  merges into ranges [num_vectors], which start as all ones; kSomewhere into *findings
 /// Needs   channels side by side, all rows aligned to 16 bytes, channels a multiple of kPack
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads)
     column_ranges_kernel(VectorPlan<T> plan, RangeKeys* ranges, Findings* findings) {
-  __shared__ ColumnValues<T, RangeKeys> shared;
+  __shared__ ColumnRanges<T> shared;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const std::int64_t num_tiles = column_tiles(plan);
+  const std::int64_t num_tiles = column_tiles<kRangeTokens>(plan);
   for (std::int64_t index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-    const ColumnTile tile = column_tile(plan, index);
+    const ColumnTile tile = column_tile<kRangeTokens>(plan, index);
     const std::int64_t channel = tile.first_channel + lane * kPack<T>;
-    if (threadIdx.x < kColumnChannels<T>) shared[threadIdx.x / kWarpLanes][lane] = RangeKeys::none();
     PackRange<T> range;
     range.clear();
     if (channel < plan.channels) {
@@ -88,15 +104,14 @@ __global__ void __launch_bounds__(kColumnThreads)
       }
       tell_bad(has_bad_range(range), findings);
     }
-    __syncthreads();  // shared is empty
-    merge_columns(range, lane, shared);
+    shared.put(range, warp, lane);
     __syncthreads();
-    if (threadIdx.x < kColumnChannels<T>) {
-      const int j = static_cast<int>(threadIdx.x) / kWarpLanes;
-      const std::int64_t own = tile.first_channel + lane * kPack<T> + j;
-      if (own < plan.channels) merge_atomically(ranges[tile.group * plan.channels + own], shared[j][lane]);
+    if (threadIdx.x < kColumnChannels<T> && channel + warp < plan.channels) {
+      const float2 merged = shared.merged(warp, lane);
+      merge_atomically(ranges[tile.group * plan.channels + channel + warp],
+                       {ordered_key(merged.x), ~ordered_key(merged.y)});
     }
-    __syncthreads();  // the next tile empties shared
+    __syncthreads();  // the next tile writes shared
   }
 }
 
@@ -121,38 +136,59 @@ struct ColumnGrids {
   }
 };
 
-/// One thread's grids in registers.
+struct NoTables {};
 template <typename T>
 struct OwnGrids {
-  FastGrid grids[kPack<T>];
-  float upper[kPack<T>];
-  float lower[kPack<T>];
-  bool suits_reciprocal;
+  FastGrid of_element[kPack<T>];
 
-  __device__ OwnGrids(const ColumnGrids<T>& shared, int lane) : suits_reciprocal(true) {
+  __device__ OwnGrids(NoTables /*tables*/, int /*lane*/) {}
+};
+
+/// One thread's channels of a tile, in registers as far as its elements need them: kTables from ColumnTables.
+template <bool kCodebook, bool kTables, bool kThresholds, typename T>
+struct OwnColumns {
+  using SharedTables = std::conditional_t<kTables, ColumnTables<kCodebook, T>, NoTables>;
+
+  const ColumnGrids<T>& shared;
+  int lane;
+  bool is_suitable;
+  std::conditional_t<kTables, OwnTables<kCodebook, T>, OwnGrids<T>> grids;
+  std::conditional_t<kThresholds, Thresholds<T, kPack<T>>, bool> thresholds;
+
+  __device__ OwnColumns(const ColumnGrids<T>& of_tile, const SharedTables& tables, int own_lane, const FastRule& rule)
+      : shared(of_tile), lane(own_lane), is_suitable(true), grids(tables, own_lane) {
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
-      grids[j] = {shared.qs[j][lane], shared.offset[j][lane], shared.inverse[j][lane]};
-      upper[j] = shared.upper[j][lane];
-      lower[j] = shared.lower[j][lane];
-      suits_reciprocal &= cuda::suits_reciprocal(grids[j].qs, grids[j].offset);
+      const float qs = shared.qs[j][lane];
+      const float offset = shared.offset[j][lane];
+      if constexpr (kTables) {
+        is_suitable &= suits_table<kCodebook>(qs, offset);
+        grids.set(j, qs, offset, rule.levels);
+      } else {
+        is_suitable &= suits_reciprocal(qs, offset);
+        grids.of_element[j] = {qs, offset, shared.inverse[j][lane]};
+      }
+      if constexpr (kThresholds) thresholds.set(j, shared.upper[j][lane], shared.lower[j][lane]);
     }
   }
 
-  /// Quantises a pack; returns the number of outliers.
-  template <bool kCodebook, bool kThresholds>
-  __device__ std::uint32_t simulate(Pack<T>& pack, const FastRule& rule) const {
-    if constexpr (kThresholds) {
-      return suits_reciprocal ? simulate_dense<kCodebook, true>(pack, grids, upper, lower, rule)
-                              : simulate_dense<kCodebook, false>(pack, grids, upper, lower, rule);
-    } else {
-      if (suits_reciprocal) {
-        simulate_pack<kCodebook, true>(pack, grids, rule);
-      } else {
-        simulate_pack<kCodebook, false>(pack, grids, rule);
-      }
-      return 0;
+  /// Quantises a pack that was read from x and writes it; returns the number of outliers.
+  __device__ std::uint32_t simulate(Pack<T>& pack, const T* x, T* out, const FastRule& rule) const {
+    if (!is_suitable) {
+      return simulate_pack_plainly<kCodebook>(x, out, rule, [this](int j) {
+        return VectorGrid{shared.qs[j][lane], shared.offset[j][lane], shared.upper[j][lane], shared.lower[j][lane]};
+      });
     }
+    std::uint32_t outliers = 0;
+    const Pack<T> exact = pack;
+    if constexpr (kTables) {
+      grids.simulate(pack);
+    } else {
+      simulate_pack<kCodebook>(pack, grids.of_element, rule);
+    }
+    if constexpr (kThresholds) outliers = thresholds.restore(exact, pack);
+    store_pack(out, pack);
+    return outliers;
   }
 };
 
@@ -164,11 +200,13 @@ struct OwnGrids {
 /// Writes  out of the quantised tokens, may be x, unless *findings names a bad value; with kThresholds adds outliers and
 ///         kSomewhere to *findings
 /// Needs   as column_ranges_kernel; out of x: no bad value that *findings does not know yet
-template <bool kCodebook, bool kThresholds, typename T>
-__global__ void __launch_bounds__(kColumnThreads, 2)
+template <bool kCodebook, bool kTables, bool kThresholds, typename T>
+__global__ void __launch_bounds__(kColumnThreads, 3)
     write_columns_kernel(VectorPlan<T> plan, const RangeKeys* ranges, const VectorGrid* vector_grids,
                          const __grid_constant__ CodebookTable codebook, Findings* findings) {
+  using Own = OwnColumns<kCodebook, kTables, kThresholds, T>;
   __shared__ ColumnGrids<T> shared;
+  __shared__ typename Own::SharedTables tables;
   __shared__ float boundaries[kCodebook ? kMaxCentroids : 1];
   __shared__ float values[kCodebook ? kMaxCentroids : 1];
   if (plan.x == plan.out && findings->first_bad != ~Counter{0}) return;
@@ -176,10 +214,10 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   const bool is_calibrated = plan.options.causality == Causality::kCalibrated;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const std::int64_t num_tiles = column_tiles(plan);
+  const std::int64_t num_tiles = column_tiles<kColumnTokens>(plan);
   std::uint32_t outliers = 0;
   for (std::int64_t index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-    const ColumnTile tile = column_tile(plan, num_tiles - 1 - index);
+    const ColumnTile tile = column_tile<kColumnTokens>(plan, num_tiles - 1 - index);
     if (threadIdx.x < kColumnChannels<T>) {
       const std::int64_t channel = tile.first_channel + lane * kPack<T> + warp;
       if (channel < plan.channels) {
@@ -194,9 +232,17 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
       }
     }
     __syncthreads();
+    if constexpr (kTables) {
+      const int j = warp % kPack<T>;
+      if (tile.first_channel + lane * kPack<T> + j < plan.channels) {
+        const FastGrid grid{shared.qs[j][lane], shared.offset[j][lane], shared.inverse[j][lane]};
+        tables.fill(grid, rule, j, lane, warp / kPack<T>, kColumnWarps / kPack<T>);
+      }
+      __syncthreads();
+    }
     const std::int64_t channel = tile.first_channel + lane * kPack<T>;
     if (channel < plan.channels) {
-      const OwnGrids<T> own(shared, lane);
+      const Own own(shared, tables, lane, rule);
       float finite = 0.0f;
       for (std::int64_t first = tile.tokens.first + warp; first < tile.tokens.end;
            first += kColumnBatch * kColumnWarps) {
@@ -211,8 +257,8 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
           const std::int64_t t = first + b * kColumnWarps;
           if (t >= tile.tokens.end) break;
           if constexpr (kThresholds) finite = finite_sum(packs[b], finite);
-          outliers += own.template simulate<kCodebook, kThresholds>(packs[b], rule);
-          store_pack(plan.out + t * plan.out_token_stride + channel, packs[b]);
+          outliers += own.simulate(packs[b], plan.x + t * plan.x_token_stride + channel,
+                                   plan.out + t * plan.out_token_stride + channel, rule);
         }
       }
       if constexpr (kThresholds) tell_bad(!(finite == 0.0f), findings);
@@ -235,7 +281,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 template <bool kCodebook, int kRows, typename T>
 __global__ void __launch_bounds__(kColumnThreads, kRows <= 8 ? 2 : 1)
     column_groups_kernel(VectorPlan<T> plan, const __grid_constant__ CodebookTable codebook, Findings* findings) {
-  __shared__ ColumnValues<T, RangeKeys> ranges;
+  __shared__ ColumnRanges<T> ranges;
   __shared__ ColumnGrids<T> shared;
   __shared__ float boundaries[kCodebook ? kMaxCentroids : 1];
   __shared__ float values[kCodebook ? kMaxCentroids : 1];
@@ -249,7 +295,6 @@ __global__ void __launch_bounds__(kColumnThreads, kRows <= 8 ? 2 : 1)
     const TokenRange tokens = plan.token_range(index / across);
     const std::int64_t channel = first_channel + lane * kPack<T>;
     const bool is_active = channel < plan.channels;
-    if (threadIdx.x < kColumnChannels<T>) ranges[warp][lane] = RangeKeys::none();
     Pack<T> packs[kRows] = {};
     PackRange<T> range;
     range.clear();
@@ -263,22 +308,22 @@ __global__ void __launch_bounds__(kColumnThreads, kRows <= 8 ? 2 : 1)
       if (is_active && tokens.first + warp + r * kColumnWarps < tokens.end) range.add(packs[r]);
     }
     tell_bad(has_bad_range(range), findings);
-    __syncthreads();  // ranges are empty
-    merge_columns(range, lane, ranges);
+    ranges.put(range, warp, lane);
     __syncthreads();
     if (threadIdx.x < kColumnChannels<T>) {
-      const RangeKeys own = ranges[warp][lane];
-      shared.set(make_range_grid(own.low_value(), own.high_value(), plan.options), HUGE_VALF, -HUGE_VALF);
+      const float2 own = ranges.merged(warp, lane);
+      // + 0 as ordered keys have it: one range for zeros of both signs.
+      shared.set(make_range_grid(own.x + 0.0f, own.y + 0.0f, plan.options), HUGE_VALF, -HUGE_VALF);
     }
     __syncthreads();
     if (is_active) {
-      const OwnGrids<T> own(shared, lane);
+      const OwnColumns<kCodebook, false, false, T> own(shared, {}, lane, rule);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const std::int64_t t = tokens.first + warp + r * kColumnWarps;
         if (t >= tokens.end) break;
-        own.template simulate<kCodebook, false>(packs[r], rule);
-        store_pack(plan.out + t * plan.out_token_stride + channel, packs[r]);
+        own.simulate(packs[r], plan.x + t * plan.x_token_stride + channel,
+                     plan.out + t * plan.out_token_stride + channel, rule);
       }
     }
     __syncthreads();  // the next tile writes shared memory

@@ -192,17 +192,20 @@ __device__ VectorView<T> vector_view(const VectorPlan<T>& plan, std::int64_t til
 /// Work    per tile: select both lower neighbours, find the upper ones, count outliers and find the dense range; the median
 ///         is selected only where it is an outlier itself (see quantize/outliers_cpu.h), as it changes the range only there
 /// Reads   x of the quantised tokens, 6 times, 10 where a median is wanted: from the caches after the first
-/// Writes  grids [num_vectors]; merges outliers and the first value that is not finite into *findings
+/// Writes  grids [num_vectors]; merges outliers and the first value that is not finite into *findings. With is_open
+///         [num_vectors] only tiles in which it is not 0 for a vector, and no outliers
 /// Needs   at most 2^31 - 1 elements a vector; with a value that is not finite the grids have no meaning
 template <Axis kAxis, int kVectors, int kThreads, typename T>
 __global__ void __launch_bounds__(kThreads)
-    split_outliers_kernel(VectorPlan<T> plan, std::int64_t num_tiles, VectorGrid* grids, Findings* findings) {
+    split_outliers_kernel(VectorPlan<T> plan, std::int64_t num_tiles, const std::uint8_t* is_open, VectorGrid* grids,
+                          Findings* findings) {
   __shared__ Selection<kVectors> shared;
   const Worker worker{static_cast<int>(threadIdx.x) % kVectors, static_cast<int>(threadIdx.x) / kVectors};
   const int v = worker.vector;
   Counter outliers = 0;
   for (std::int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const VectorView<T> view = vector_view<kAxis, kVectors>(plan, tile, v);
+    if (is_open != nullptr && __syncthreads_or(view.count > 0 && is_open[view.index] != 0) == 0) continue;
     const std::int64_t count = max(view.count, 1u);
     const OutlierPlan places = make_outlier_plan(plan.options.outlier_fraction, count);
     if (worker.row == 0) {
@@ -233,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();  // the next tile starts with fresh shared memory
   }
-  if (outliers > 0) atomicAdd(&findings->outliers, outliers);
+  if (outliers > 0 && is_open == nullptr) atomicAdd(&findings->outliers, outliers);
 }
 
 }  // namespace kvpack::cuda

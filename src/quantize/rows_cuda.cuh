@@ -2,7 +2,7 @@
 // once and writes it once. The rules are quantize/uniform.h and quantize/codebook.h.
 #pragma once
 
-#include "quantize/packs_cuda.cuh"
+#include "quantize/tables_cuda.cuh"
 
 namespace kvpack::cuda {
 
@@ -71,42 +71,54 @@ __device__ UniformGrid rms_grid_of_warp(const T* first, std::int64_t count, int 
   return make_rms_grid(sum, count);
 }
 
-/// Grid of each lane's vector where several share kWarpLanes packs from channel `first`.
-template <typename T>
-__device__ VectorGrid rms_grid_of_lanes(const T* row, std::int64_t first, int lanes, const VectorPlan<T>& plan,
-                                        int lane) {
-  VectorGrid grid{0.0f, 0.0f, HUGE_VALF, -HUGE_VALF};
-  for (int first_lane = 0; first_lane < kWarpLanes; first_lane += lanes) {
-    const std::int64_t c = first + first_lane * kPack<T>;
-    if (c >= plan.channels) break;
-    const UniformGrid one = rms_grid_of_warp(row + c, min(plan.group, plan.channels - c), lane);
-    if (lane / lanes == first_lane / lanes) grid = {one.qs, one.offset, HUGE_VALF, -HUGE_VALF};
-  }
-  return grid;
-}
+/// Where the grid of a whole row comes from.
+enum class RowGrids { kRange, kRms, kCalibrated };
 
-template <bool kCodebook, typename T>
-__device__ std::uint32_t simulate_with_grid(Pack<T>& pack, VectorGrid grid, bool has_thresholds, const FastRule& rule) {
-  const FastGrid grids[1] = {{grid.qs, grid.offset, 1.0f / grid.qs}};
-  const bool suits = suits_reciprocal(grid.qs, grid.offset);
-  if (has_thresholds) {
-    const float upper[1] = {grid.upper};
-    const float lower[1] = {grid.lower};
-    return suits ? simulate_dense<kCodebook, true>(pack, grids, upper, lower, rule)
-                 : simulate_dense<kCodebook, false>(pack, grids, upper, lower, rule);
-  }
-  if (suits) {
-    simulate_pack<kCodebook, true>(pack, grids, rule);
-  } else {
-    simulate_pack<kCodebook, false>(pack, grids, rule);
-  }
-  return 0;
-}
+/// One vector that a whole warp shares, with a table or without.
+template <bool kCodebook, bool kTables, bool kThresholds, typename T>
+struct WarpVector {
+  struct NoTable {
+    __device__ NoTable(FastGrid /*grid*/, const FastRule& /*rule*/, int /*lane*/) {}
+  };
+  VectorGrid grid;
+  FastGrid fast[1];
+  bool is_suitable;
+  std::conditional_t<kTables, LaneTable<kCodebook, T>, NoTable> table;
+  Thresholds<T, 1> thresholds;
 
-/// Quantises rows of at most kPacks * 32 packs, a warp each.
+  /// Every lane must call.
+  __device__ WarpVector(VectorGrid of_row, const FastRule& rule, int lane)
+      : grid(of_row),
+        fast{{of_row.qs, of_row.offset, 1.0f / of_row.qs}},
+        is_suitable(kTables ? suits_table<kCodebook>(of_row.qs, of_row.offset)
+                            : suits_reciprocal(of_row.qs, of_row.offset)),
+        table(fast[0], rule, lane) {
+    if constexpr (kThresholds) thresholds.set(0, grid.upper, grid.lower);
+  }
+
+  /// Quantises a pack that was read from x and writes it; returns the number of outliers. Every lane must call, those
+  /// that are not active with anything.
+  __device__ std::uint32_t simulate(Pack<T> pack, bool is_active, const T* x, T* out, const FastRule& rule) const {
+    if (!is_suitable) {
+      return is_active ? simulate_pack_plainly<kCodebook>(x, out, rule, [this](int) { return grid; }) : 0;
+    }
+    const Pack<T> exact = pack;
+    if constexpr (kTables) {
+      table.simulate(pack);
+    } else {
+      simulate_pack<kCodebook>(pack, fast, rule);
+    }
+    if (!is_active) return 0;
+    std::uint32_t outliers = 0;
+    if constexpr (kThresholds) outliers = thresholds.restore(exact, pack);
+    store_pack(out, pack);
+    return outliers;
+  }
+};
+
+/// Quantises rows of at most kPacks * 32 packs, a vector each, a warp each.
 ///
 ///   1024 halves, kPacks 4     pack 0: channels 8 * lane ...     pack 1: 256 + 8 * lane ...     ...     pack 3
-///   vectors                   a row, or groups of kPack * 2^k channels: 2^k lanes of one pack
 ///
 /// Launch  any number of blocks of kRowThreads
 /// Work    ranges by shuffles, squares by strands; calibrated grids as they are
@@ -114,8 +126,8 @@ __device__ std::uint32_t simulate_with_grid(Pack<T>& pack, VectorGrid grid, bool
 /// Writes  out of the quantised tokens, may be x if *findings has been through all of x; in calibrated mode adds outliers;
 ///         kSomewhere into *findings
 /// Needs   as check_rows_kernel; a row of at most kPacks * 32 packs; no outlier quantiles
-template <bool kCodebook, int kPacks, typename T>
-__global__ void __launch_bounds__(kRowThreads)
+template <bool kCodebook, bool kTables, RowGrids kGrids, int kPacks, typename T>
+__global__ void __launch_bounds__(kRowThreads, kPacks <= 4 ? 4 : 1)
     simulate_rows_kernel(VectorPlan<T> plan, const VectorGrid* calibrated,
                          const __grid_constant__ CodebookTable codebook, Findings* findings) {
   __shared__ float boundaries[kCodebook ? kMaxCentroids : 1];
@@ -125,60 +137,48 @@ __global__ void __launch_bounds__(kRowThreads)
   __syncthreads();
   constexpr int kStep = kWarpLanes * kPack<T>;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const bool is_whole = plan.group >= plan.channels;
-  const int lanes = is_whole ? kWarpLanes : static_cast<int>(plan.group) / kPack<T>;
-  const bool is_rms = plan.options.scale == ScaleRule::kRms;
+  const int channels = static_cast<int>(plan.channels);
   std::uint32_t outliers = 0;
   float finite = 0.0f;
   for (std::int64_t t = plan.first_token + static_cast<std::int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpLanes;
        t < plan.end_token; t += static_cast<std::int64_t>(gridDim.x) * kRowWarps) {
     const T* row = plan.x + t * plan.x_token_stride;
+    T* out = plan.out + t * plan.out_token_stride;
     Pack<T> packs[kPacks] = {};
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const int c = p * kStep + lane * kPack<T>;
-      if (c < plan.channels) packs[p] = load_pack(row + c);
+      if (c < channels) packs[p] = load_pack(row + c);
     }
     VectorGrid grid{};
-    if (calibrated != nullptr) {
+    if constexpr (kGrids == RowGrids::kCalibrated) {
       grid = calibrated[t];
-    } else if (is_whole && is_rms) {
-      const UniformGrid one = rms_grid_of_warp(row, plan.channels, lane);
+    } else if constexpr (kGrids == RowGrids::kRms) {
+      const UniformGrid one = rms_grid_of_warp(row, channels, lane);
       grid = {one.qs, one.offset, HUGE_VALF, -HUGE_VALF};
-    } else if (is_whole) {
+    } else {
       PackRange<T> range;
       range.clear();
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
-        if (p * kStep + lane * kPack<T> < plan.channels) range.add(packs[p]);
+        if (p * kStep + lane * kPack<T> < channels) range.add(packs[p]);
       }
       float low = HUGE_VALF;
       float high = -HUGE_VALF;
       add_whole_pack(range, low, high);
       grid = range_grid_of_lanes(low, high, kWarpLanes, plan.options, findings);
     }
+    const WarpVector<kCodebook, kTables, kGrids == RowGrids::kCalibrated, T> vector(grid, rule, lane);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const int c = p * kStep + lane * kPack<T>;
-      if (p * kStep >= plan.channels) break;
-      if (calibrated == nullptr && !is_whole && is_rms) {
-        grid = rms_grid_of_lanes(row, p * kStep, lanes, plan, lane);
-      } else if (calibrated == nullptr && !is_whole) {
-        PackRange<T> range;
-        range.clear();
-        if (c < plan.channels) range.add(packs[p]);
-        float low = HUGE_VALF;
-        float high = -HUGE_VALF;
-        add_whole_pack(range, low, high);
-        grid = range_grid_of_lanes(low, high, lanes, plan.options, findings);
-      }
-      if (is_rms || calibrated != nullptr) finite = finite_sum(packs[p], finite);
-      outliers += simulate_with_grid<kCodebook>(packs[p], grid, calibrated != nullptr && c < plan.channels, rule);
-      if (c < plan.channels) store_pack(plan.out + t * plan.out_token_stride + c, packs[p]);
+      if (p * kStep >= channels) break;
+      if constexpr (kGrids != RowGrids::kRange) finite = finite_sum(packs[p], finite);
+      outliers += vector.simulate(packs[p], c < channels, row + c, out + c, rule);
     }
   }
-  tell_bad(!(finite == 0.0f), findings);
-  count_outliers(outliers, findings);
+  if constexpr (kGrids != RowGrids::kRange) tell_bad(!(finite == 0.0f), findings);
+  if constexpr (kGrids == RowGrids::kCalibrated) count_outliers(outliers, findings);
 }
 
 }  // namespace kvpack::cuda

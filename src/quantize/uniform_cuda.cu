@@ -17,8 +17,6 @@ namespace kvpack::cuda {
 
 namespace {
 
-constexpr int kRangeTokens = 256;  // tokens of a range tile: 32 loads a thread, enough to hide a merge
-
 /// Smallest and largest of each per-channel vector. Lanes lie on neighbouring channels:
 ///
 ///   tile of 32 channels x at most 256 tokens of one group      warp 0   tokens 0  8 16 ...
@@ -200,17 +198,6 @@ void launch_ranges(const VectorPlan<T>& plan, RangeKeys* ranges, Findings* findi
   check_cuda(cudaGetLastError(), "launch the ranges of simulate_uniform");
 }
 
-/// Starts split_outliers_kernel with kVectors vectors a block, kThreads / kVectors threads each.
-template <Axis kAxis, int kVectors, int kThreads, typename T>
-void launch_split(const VectorPlan<T>& plan, VectorGrid* grids, Findings* findings, cudaStream_t stream) {
-  const bool by_channel = kAxis == Axis::kPerChannel;
-  const std::int64_t tiles =
-      by_channel ? divide_up(plan.channels, kVectors) * plan.num_groups : divide_up(plan.num_vectors, kVectors);
-  split_outliers_kernel<kAxis, kVectors, kThreads>
-      <<<grid_blocks(tiles), kThreads, 0, stream>>>(plan, tiles, grids, findings);
-  check_cuda(cudaGetLastError(), "launch the outlier split of simulate_uniform");
-}
-
 /// Chooses by the length of vectors how many share a block: groups of 32 and 64 would leave most of a block idle, and few
 /// long channels most of the GPU.
 template <typename T>
@@ -218,14 +205,14 @@ void launch_outlier_split(const VectorPlan<T>& plan, VectorGrid* grids, Findings
   const bool is_short = plan.group <= 128;
   if (plan.options.axis == Axis::kPerToken) {
     if (is_short) {
-      launch_split<Axis::kPerToken, 8, 256>(plan, grids, findings, stream);
+      launch_split<Axis::kPerToken, 8, 256>(plan, nullptr, grids, findings, stream);
     } else {
-      launch_split<Axis::kPerToken, 1, 256>(plan, grids, findings, stream);
+      launch_split<Axis::kPerToken, 1, 256>(plan, nullptr, grids, findings, stream);
     }
   } else if (is_short) {
-    launch_split<Axis::kPerChannel, 16, 256>(plan, grids, findings, stream);
+    launch_split<Axis::kPerChannel, 16, 256>(plan, nullptr, grids, findings, stream);
   } else {
-    launch_split<Axis::kPerChannel, 8, 1024>(plan, grids, findings, stream);
+    launch_split<Axis::kPerChannel, 8, 1024>(plan, nullptr, grids, findings, stream);
   }
 }
 

@@ -136,12 +136,39 @@ def test_long_vectors_equal_the_reference(fraction, axis, dtype):
         )
 
 
+TAILS = {
+    "as sampled": lambda x: x,
+    "ordered tokens": lambda x: x.sort(0).values,
+    "a burst": lambda x: torch.where(torch.arange(len(x))[:, None] % 97 < 90, x, x * 64),
+    "two values": lambda x: x.sign(),
+    "equal at one end": lambda x: x.clamp(max=0.5),
+    "zeros": lambda x: torch.where(x.abs() < 1.5, torch.zeros_like(x), x),
+    "constant channels": lambda x: torch.where(torch.arange(x.shape[1]) % 3 == 0, x[:1], x),
+    "few outside": lambda x: torch.where(torch.arange(len(x))[:, None] < 12, x * 100, torch.ones_like(x)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("shape", [(1024, 64), (4097, 72), (20000, 40), (130, 1024), (40, 2048), (12, 4096)], ids=str)
+def test_outliers_equal_the_reference_whatever_the_ends_look_like(shape, tail, axis, dtype):
+    x = TAILS[tail](fill("normal", *shape, torch.float32)).to(dtype)
+    for options in (
+        dict(outlier_fraction=0.01, protected_tokens=1),
+        dict(outlier_fraction=0.03, codebook=codebook(3), layout=PADDED if shape[1] == 72 else PLAIN),
+        dict(outlier_fraction=0.01, group=1500, compat=True),
+    ):
+        check_against_reference(codebook_ops.simulate_quantized, x, bits=3, axis=axis, **options)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", [(300, 136), (5000, 72)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_value_that_is_not_finite_is_named_and_x_stays(method, axis, dtype, bad):
-    x = fill("normal", 300, 136, dtype)
+def test_a_value_that_is_not_finite_is_named_and_x_stays(method, axis, dtype, shape, bad):
+    x = fill("normal", *shape, dtype)
     options = METHODS[method](x, axis)
     x[170, 69], x[200, 3] = bad, float("nan")
     for group in (None, 64) if "lower" not in options else (None,):
