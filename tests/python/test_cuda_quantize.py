@@ -162,6 +162,22 @@ def test_outliers_equal_the_reference_whatever_the_ends_look_like(shape, tail, a
         check_against_reference(codebook_ops.simulate_quantized, x, bits=3, axis=axis, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("fraction", [0.0, 0.01])
+def test_large_tensors_give_what_their_columns_give(fraction, dtype):
+    """Long channels go through both passes in slices of 32 MiB; the parts compared with are one slice each."""
+    x = torch.randn(30000, 1064, generator=torch.Generator().manual_seed(SEED)).to(dtype).cuda()
+    options = dict(bits=4, axis="per_channel", outlier_fraction=fraction)
+    out = torch.empty_like(x)
+    _, counts = codebook_ops.simulate_quantized(x, out=out, **options)
+    outliers = 0
+    for first in range(0, 1064, 152):
+        part = torch.empty(30000, 152, dtype=dtype, device="cuda")
+        outliers += codebook_ops.simulate_quantized(x[:, first : first + 152], out=part, **options)[1].outliers
+        assert_same_bits(part.cpu(), out[:, first : first + 152].cpu(), f"channels from {first}")
+    assert counts.outliers == outliers and counts.quantized == x.numel()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("shape", [(300, 136), (5000, 72)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
