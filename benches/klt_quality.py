@@ -90,6 +90,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.simulate_in_torch:
         replace_simulation()
+    elif options.implementation:
+        force_simulation(options.implementation)
     for name in options.stages.split(","):
         started = time.perf_counter()
         run_stage(name, STAGES[name], options)
@@ -114,6 +116,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--elsewhere-segments", type=int, default=16)
     parser.add_argument("--divide-samples", type=int, default=1, help="for a quick look")
     parser.add_argument("--simulate-in-torch", action="store_true")
+    parser.add_argument(
+        "--implementation", default="", help="of simulate_klt, such as cuda_mma; the default is the best"
+    )
     options = parser.parse_args()
     if unknown := set(options.stages.split(",")) - set(STAGES):
         parser.error(f"unknown stages {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
@@ -210,6 +215,23 @@ def replace_simulation() -> None:
     import kvpack.klt
 
     kvpack.klt.simulate_klt = simulate_in_torch  # type: ignore[assignment]
+
+
+def force_simulation(name: str) -> None:
+    """Simulates klt with one implementation, whatever the others of that device can do."""
+    import kvpack.klt
+    from kvpack import ops
+
+    simulate = kvpack.klt.simulate_klt
+
+    def forced(*arguments: Any, **keywords: Any) -> Any:
+        ops.force_implementation(name)
+        try:
+            return simulate(*arguments, **keywords)
+        finally:
+            ops.force_implementation("")
+
+    kvpack.klt.simulate_klt = forced  # type: ignore[assignment]
 
 
 def simulate_in_torch(x: Any, tables: Any, *, protected_tokens: int = 0, out: Any = None) -> Any:
