@@ -93,14 +93,26 @@ struct CodeMaker {
   /// to it is one constant.
   template <Clamping kClamping, int kTiles>
   __device__ std::uint32_t word(const float (&y)[kTiles][4], int first_tile, int half) const {
-    std::uint32_t digits = 0;
+    std::uint32_t digits[8];
 #pragma unroll
-    for (int i = 7; i >= 0; --i) {
-      digits = digits * 16 + code_bits<kClamping>(y[first_tile + i / 2][2 * half + i % 2]);
-    }
+    for (int i = 0; i < 8; ++i) digits[i] = code_bits<kClamping>(y[first_tile + i / 2][2 * half + i % 2]);
+    return finish_word(digits);
+  }
+  /// Sums by halves: a chain of eight would be what warps wait for.
+  __device__ std::uint32_t finish_word(const std::uint32_t (&d)[8]) const {
+    const std::uint32_t low = (d[3] * 16 + d[2]) * 256 + (d[1] * 16 + d[0]);
+    const std::uint32_t high = (d[7] * 16 + d[6]) * 256 + (d[5] * 16 + d[4]);
     constexpr std::uint32_t kOnes = 0x11111111u;
     const std::uint32_t added = (static_cast<std::uint32_t>(zero) + 8u - kRounderBits) * kOnes;
-    return (digits + added) ^ flip;
+    return (high * 65536 + (low + added)) ^ flip;
+  }
+  /// Four codes of each of two rows, the first row's below.
+  template <Clamping kClamping, int kTiles>
+  __device__ std::uint32_t two_rows(const float (&y)[kTiles][4], int first_tile) const {
+    std::uint32_t digits[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) digits[i] = code_bits<kClamping>(y[first_tile + i % 4 / 2][i / 4 * 2 + i % 2]);
+    return finish_word(digits);
   }
   /// Four codes as bytes.
   template <Clamping kClamping, int kTiles>

@@ -31,6 +31,19 @@ inline bool is_aligned_to(const void* data, std::int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
+/// The outputs, and what their clips ask of the kernel.
+template <typename Params>
+void set_outputs(const KronQuantizeProblem& problem, Params& params) {
+  std::ranges::copy(problem.outputs, params.outputs);
+  params.needs_both_sides = problem.is_affine;
+  params.clamps = problem.is_affine;
+  for (std::int32_t i = 0; i < problem.num_outputs; ++i) {
+    const KronOutputData& output = params.outputs[i];
+    params.needs_both_sides = params.needs_both_sides || output.clip_max != output.clip_min;
+    params.clamps = params.clamps || output.clip_max != 1.0f || output.clip_min != 1.0f;
+  }
+}
+
 /// What the kernel can take together of each token.
 inline void set_widths(KronKernelParams& params) {
   const KronQuantizeProblem& problem = params.problem;
@@ -44,14 +57,10 @@ inline void set_widths(KronKernelParams& params) {
   params.chunk_step = params.group_warps * kWarpLanes % params.chunks;
   params.copies_columns = params.loads_chunks && params.chunk_step == 0 && params.row_step % 8 == 0;
   params.stores_words = params.columns % kChunk == 0;
-  params.needs_both_sides = problem.is_affine;
-  params.clamps = problem.is_affine;
   for (std::int32_t i = 0; i < problem.num_outputs; ++i) {
     const KronOutputData& output = problem.outputs[static_cast<std::size_t>(i)];
     params.stores_words = params.stores_words && is_aligned_to(output.codes, 4);
     params.stores_vectors = (i == 0 || params.stores_vectors) && is_aligned_to(output.codes, kChunkBytes);
-    params.needs_both_sides = params.needs_both_sides || output.clip_max != output.clip_min;
-    params.clamps = params.clamps || output.clip_max != 1.0f || output.clip_min != 1.0f;
   }
 }
 
@@ -83,7 +92,7 @@ template <typename Products>
 bool launch_kron(const KronQuantizeProblem& problem, int group_warps, TileShape x_tile, TileShape right_tile) {
   KronKernelParams params;
   params.problem = problem;
-  std::ranges::copy(problem.outputs, params.outputs);
+  set_outputs(problem, params);
   params.rows = static_cast<std::int32_t>(problem.matrices.rows);
   params.columns = static_cast<std::int32_t>(problem.matrices.columns);
   params.x_tile = x_tile;

@@ -39,7 +39,7 @@ struct WgmmaProducts {
   __device__ void begin_left(std::uint64_t x, int block, float (*z)[4]) const {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      wgmma_m64n64k16<kType>(z, left[k], wgmma_tile_behind(x, (block * kSteps + k) * kStepBytes), k > 0);
+      wgmma_m64k16<kType, 8>(z, left[k], wgmma_tile_behind(x, (block * kSteps + k) * kStepBytes), k > 0);
     }
   }
 
@@ -50,20 +50,21 @@ struct WgmmaProducts {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
         const std::uint64_t tile = wgmma_tile_behind(right, (4 * (n * kBlocks + block) + k) * kStepBytes);
-        wgmma_m64n64k16<kType>(y + 8 * n, z[k], tile, block > 0 || k > 0);
+        wgmma_m64k16<kType, 8>(y + 8 * n, z[k], tile, block > 0 || k > 0);
       }
     }
   }
 
   /// Z of one block of columns is multiplied with right while that of the next block is made.
   __device__ void multiply(const KronKernelParams&, std::uint32_t x, std::uint32_t right, float (&y)[kTiles][4]) const {
-    const std::uint64_t x_tile = wgmma_tile(x);
-    const std::uint64_t right_tile = wgmma_tile(right);
+    const std::uint64_t x_tile = wgmma_tile(x, kSteps * kStepBytes);
+    const std::uint64_t right_tile = wgmma_tile(right, 4 * kBlocks * kStepBytes);
     float z[8][4];
     wgmma_begin();
     begin_left(x_tile, 0, z);
-    wgmma_end();
-    hold_registers(z);
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold_numbers<8>(z);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       // What the lanes hold of two groups of 8 columns of a result is what they must hold of 16 as a factor.
@@ -78,10 +79,11 @@ struct WgmmaProducts {
       wgmma_begin();
       if (block + 1 < kBlocks) begin_left(x_tile, block + 1, z);
       begin_right(right_tile, block, rounded, y);
-      wgmma_end();
-      hold_registers(z);
+      wgmma_commit();
+      wgmma_wait<0>();
+      hold_numbers<8>(z);
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) hold_registers(y + 8 * n);
+      for (int n = 0; n < kBlocks; ++n) hold_numbers<8>(y + 8 * n);
     }
   }
 };

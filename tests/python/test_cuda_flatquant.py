@@ -28,6 +28,21 @@ LARGER = {
     "padding in both": (50, 200),
     "one row of left": (1, 64),
 }
+EDGES = [
+    (1, 32),
+    (17, 32),
+    (32, 32),
+    (33, 64),
+    (64, 64),
+    (20, 80),
+    (3, 128),
+    (65, 128),
+    (96, 128),
+    (97, 128),
+    (113, 128),
+]
+EDGES += [(128, 128), (65, 224)]
+"""Around the steps of 16 and the halves of 64 rows of each N that Hopper has a kernel for."""
 
 
 @contextlib.contextmanager
@@ -40,7 +55,10 @@ def forced(name):
 
 
 def larger_case(name, tokens, dtype):
-    rows, columns = LARGER[name]
+    return case_of(*LARGER[name], tokens, dtype)
+
+
+def case_of(rows, columns, tokens, dtype):
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     tensors = (
         torch.randn(tokens, rows * columns, generator=generator),
@@ -125,6 +143,25 @@ def test_many_runs_give_the_same_bits(sides, way):
     )
 
 
+@pytest.mark.parametrize("sides", EDGES, ids=lambda sides: f"{sides[0]}x{sides[1]}")
+def test_sides_at_the_edges_of_a_kernel(sides):
+    for dtype in (torch.float16, torch.bfloat16):
+        x, left, right = case_of(*sides, 277, dtype)
+        y = exact_transform(x, left, right)
+        expected = kron_quantize(x, left, right)
+        assert_close(expected, y, dtype)
+        for tokens in (1, 2, 3):
+            first = Int4Rows(expected.codes[:tokens], expected.scales[:tokens])
+            assert_same_rows(first, kron_quantize(x[:tokens], left, right), f"{tokens} tokens")
+        wide = torch.full((277, x.shape[1] + 64), float("nan"), dtype=dtype, device="cuda")
+        wide[:, : x.shape[1]] = x
+        assert_same_rows(expected, kron_quantize(wide[:, : x.shape[1]], left, right), "strided")
+        assert torch.equal(codes_of(kron_quantize(x, left, right, output="int8")), codes_of(expected))
+        assert torch.equal(codes_of(kron_quantize(x, left, right, encoding="offset")), codes_of(expected))
+        assert_close(kron_quantize(x, left, right, clip_ratio=0.6), y, dtype, high=0.6, low=0.6)
+        assert_close(kron_quantize(x, None, right), exact_transform(x, None, right), dtype)
+
+
 @pytest.mark.parametrize("producer", ["none", "norm", "gate"])
 def test_bits_do_not_depend_on_alignment_or_stride(producer):
     x, left, right = make_case("5120", 37, torch.float16, "cuda")
@@ -155,10 +192,11 @@ def test_bits_do_not_depend_on_alignment_or_stride(producer):
             assert scales[0] == 5 and scales[38] == 5
 
 
-def test_every_kind_of_row_in_a_crowd_is_what_it_is_alone():
-    x, left, right = make_case("4096", 999, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("sides", ["4096", "14336", "896"])  # two tokens share products at 896
+def test_every_kind_of_row_in_a_crowd_is_what_it_is_alone(sides):
+    x, left, right = make_case(sides, 999, torch.bfloat16, "cuda")
     x[5], x[100] = 0, -0.0
-    x[6, 17], x[200, 4095], x[998, 0] = float("nan"), float("inf"), -float("inf")
+    x[6, 17], x[200, -1], x[998, 0] = float("nan"), float("inf"), -float("inf")
     x[7] *= 1e30
     x[8] *= 1e-38
     together = kron_quantize(x, left, right, grid="affine", encoding="offset")
@@ -174,15 +212,23 @@ def test_every_kind_of_row_in_a_crowd_is_what_it_is_alone():
 @pytest.mark.skipif(
     not HAS_CUDA or torch.cuda.get_device_capability()[0] != 9, reason="the kernels of Hopper run on Hopper alone"
 )
-@pytest.mark.parametrize("sides", ["4096", "5120", "8192", "11008", "13824", "14336", "28672"])
-def test_hopper_runs_its_own_kernel(sides):
+@pytest.mark.parametrize("sides", ["896", "4096", "5120", "8192", "11008", "13824", "14336", "28672"])
+def test_hopper_runs_its_own_kernels(sides):
     x, left, right = make_case(sides, 2, torch.bfloat16, "cuda")
-    kron_quantize(x, left, right)
+    assert "kron_stream_kernel" in kernel_of(lambda: kron_quantize(x, left, right))
+    if sides != "896":  # with mma.sync there
+        assert "Wgmma" in kernel_of(lambda: kvpack.silu_mul_kron_quantize(x, x, left, right))
+
+
+def kernel_of(function):
+    """The name of the one kernel of kron_quantize that `function` starts."""
+    function()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        kron_quantize(x, left, right)
+        function()
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages() if "kron" in event.key]
-    assert names and all("Wgmma" in name for name in names), [event.key for event in profile.key_averages()]
+    assert len(names) == 1, [event.key for event in profile.key_averages()]
+    return names[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 128, 700])
