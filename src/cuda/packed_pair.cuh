@@ -1,4 +1,5 @@
-// Two 16-bit floating-point numbers in one register: compares, minima and conversions for both types.
+// Two 16-bit floating-point numbers in one register: compares, minima and conversions for both types. Masks and fused
+// products of bfloat16 exist since sm_80; in code for older GPUs those of both types are a trap.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -52,7 +53,12 @@ __device__ inline std::uint32_t ones_above(std::uint32_t x, std::uint32_t limit)
 /// All bits where |x| is above `limit` or x is a NaN, else none.
 template <MmaType kType>
 __device__ inline std::uint32_t mask_above(std::uint32_t x, std::uint32_t limit) {
+#if __CUDA_ARCH__ >= 800
   return __hgtu2_mask(__habs2(pair_of<kType>(x)), pair_of<kType>(limit));
+#else
+  __trap();
+  return 0;
+#endif
 }
 
 /// 1.0 where |x| equals `magnitude` and neither is a NaN, else 0.0.
@@ -77,21 +83,41 @@ __device__ inline std::uint32_t pair_product(std::uint32_t a, std::uint32_t b) {
 }
 template <MmaType kType>
 __device__ inline std::uint32_t pair_fma(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+#if __CUDA_ARCH__ >= 800
   return bits_of_pair(__hfma2(pair_of<kType>(a), pair_of<kType>(b), pair_of<kType>(c)));
+#else
+  __trap();
+  return 0;
+#endif
 }
 
 /// All bits where a >= b, where a == b (no NaNs), where they differ or one is a NaN.
 template <MmaType kType>
 __device__ inline std::uint32_t mask_at_least(std::uint32_t a, std::uint32_t b) {
+#if __CUDA_ARCH__ >= 800
   return __hge2_mask(pair_of<kType>(a), pair_of<kType>(b));
+#else
+  __trap();
+  return 0;
+#endif
 }
 template <MmaType kType>
 __device__ inline std::uint32_t mask_equal(std::uint32_t a, std::uint32_t b) {
+#if __CUDA_ARCH__ >= 800
   return __heq2_mask(pair_of<kType>(a), pair_of<kType>(b));
+#else
+  __trap();
+  return 0;
+#endif
 }
 template <MmaType kType>
 __device__ inline std::uint32_t mask_differs(std::uint32_t a, std::uint32_t b) {
+#if __CUDA_ARCH__ >= 800
   return __hneu2_mask(pair_of<kType>(a), pair_of<kType>(b));
+#else
+  __trap();
+  return 0;
+#endif
 }
 
 /// One of the two numbers in both halves.

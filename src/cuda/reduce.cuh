@@ -22,16 +22,63 @@ __device__ T shuffle_down(T value, int distance) {
   return value;
 }
 
-/// The smaller one and the larger one; a NaN wins (sm_80 and later).
+/// combine(...) over the numbers of a warp's lanes, for every lane.
+template <typename Combine>
+__device__ inline std::uint32_t warp_combine(std::uint32_t own, Combine combine) {
+  for (int distance = kWarpLanes / 2; distance > 0; distance /= 2) {
+    own = combine(own, __shfl_xor_sync(kAllLanes, own, distance));
+  }
+  return own;
+}
+
+/// The sum, the least, the most and the OR of a warp's numbers, in one instruction where the GPU has it. Every lane must call.
+__device__ inline std::uint32_t warp_sum(std::uint32_t own) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, own);
+#else
+  return warp_combine(own, [](std::uint32_t a, std::uint32_t b) { return a + b; });
+#endif
+}
+__device__ inline std::uint32_t warp_least(std::uint32_t own) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_min_sync(kAllLanes, own);
+#else
+  return warp_combine(own, [](std::uint32_t a, std::uint32_t b) { return a < b ? a : b; });
+#endif
+}
+__device__ inline std::uint32_t warp_most(std::uint32_t own) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kAllLanes, own);
+#else
+  return warp_combine(own, [](std::uint32_t a, std::uint32_t b) { return a > b ? a : b; });
+#endif
+}
+__device__ inline std::uint32_t warp_or(std::uint32_t own) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_or_sync(kAllLanes, own);
+#else
+  return warp_combine(own, [](std::uint32_t a, std::uint32_t b) { return a | b; });
+#endif
+}
+
+/// The smaller one and the larger one; a NaN wins (one instruction since sm_80).
 __device__ inline float min_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
   float result;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
+#else
+  return a < b || a != a ? a : b;
+#endif
 }
 __device__ inline float max_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
+#else
+  return a > b || a != a ? a : b;
+#endif
 }
 
 /// Waits for `threads` threads, whole warps, that call with the same number of a barrier, 1 to 15.

@@ -15,6 +15,7 @@ namespace {
 struct LoadedCuda {
   std::span<const Implementation> rows;
   std::string status;
+  std::int32_t capability = 0;
 };
 
 /// The folder that holds this shared library, with its last slash.
@@ -40,7 +41,9 @@ LoadedCuda load_cuda() {
     return {{}, text("not loaded: ", path, " has version ", library->version, ", expected ", kCudaLibraryVersion)};
   }
   if (library->num_devices == 0) return {{}, text("built, but no GPU: ", library->status)};
-  return {{library->rows, static_cast<std::size_t>(library->num_rows)}, text("loaded: ", library->status)};
+  return {{library->rows, static_cast<std::size_t>(library->num_rows)},
+          text("loaded: ", library->status),
+          library->capability};
 }
 
 const LoadedCuda& loaded_cuda() {
@@ -51,6 +54,8 @@ const LoadedCuda& loaded_cuda() {
 }  // namespace
 
 std::span<const Implementation> cuda_implementations() { return loaded_cuda().rows; }
+
+std::int32_t cuda_capability() { return loaded_cuda().capability; }
 
 std::string cuda_status() { return loaded_cuda().status; }
 

@@ -9,13 +9,14 @@
 namespace kvpack {
 
 /// Raised whenever Implementation or an operation's problem structure changes.
-inline constexpr std::int32_t kCudaLibraryVersion = 4;
+inline constexpr std::int32_t kCudaLibraryVersion = 5;
 
 /// What the CUDA library hands over.
 struct CudaLibrary {
   std::int32_t version = 0;
   std::int32_t num_devices = 0;
-  const char* status = "";  // for people: the devices, or why there are none
+  std::int32_t capability = 0;  // 10 * major + minor of the least capable of them
+  const char* status = "";      // for people: the devices, or why there are none
   const Implementation* rows = nullptr;
   std::int64_t num_rows = 0;
 };

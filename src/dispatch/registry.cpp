@@ -130,11 +130,19 @@ std::span<const Implementation> rows_of(DeviceKind device) {
 }
 
 bool runs_here(const Implementation& row) {
+  if (row.device == DeviceKind::kCuda) return row.least_capability <= cuda_capability();
   static const std::uint32_t features = detect_cpu_features();
   return (row.needs & ~features) == 0;
 }
 
-std::string needs_text(std::uint32_t needs) {
+std::string capability_text(std::int32_t capability) {
+  return text("compute capability ", capability / 10, ".", capability % 10);
+}
+
+/// What a row asks of the machine; empty: nothing.
+std::string needs_text(const Implementation& row) {
+  if (row.least_capability != 0) return capability_text(row.least_capability);
+  const std::uint32_t needs = row.needs;
   if (needs & kFeatureAmxInt8) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni amx_int8";
   if (needs & kFeatureAvx512Vnni) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni";
   if (needs & kFeatureAmxBf16) return "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512bf16 amx_bf16";
@@ -147,6 +155,12 @@ std::string needs_text(std::uint32_t needs) {
 }
 
 const char* name_of_device(DeviceKind device) { return device == DeviceKind::kCpu ? "cpu" : "cuda"; }
+
+/// What this machine has of that, for an error.
+std::string has_text(DeviceKind device) {
+  if (device == DeviceKind::kCpu) return text("this processor has ", cpu_features());
+  return text("the least capable GPU here has ", capability_text(cuda_capability()), " (", cuda_status(), ")");
+}
 
 std::mutex forced_mutex;
 
@@ -207,16 +221,21 @@ Choice choose(Operation operation, DeviceKind device) {
   }
   const Implementation* best = nullptr;
   const Implementation* named = nullptr;
+  const Implementation* easiest = nullptr;  // the slowest row, which asks for least
   for (const Implementation& row : rows_of(device)) {
     if (row.operation != operation) continue;
+    if (easiest == nullptr) easiest = &row;
     if (runs_here(row)) best = &row;
     if (row.name == forced) named = &row;
   }
   if (named != nullptr && !runs_here(*named)) {
-    return {nullptr,
-            text("forced \"", forced, "\" needs ", needs_text(named->needs), "; this processor has ", cpu_features())};
+    return {nullptr, text("forced \"", forced, "\" needs ", needs_text(*named), "; ", has_text(device))};
   }
   if (named != nullptr) return {named, text("forced by name: \"", forced, "\"")};
+  if (best == nullptr && easiest != nullptr) {
+    return {nullptr, text(name_of(operation), " on ", name_of_device(device), " needs ", needs_text(*easiest), "; ",
+                          has_text(device))};
+  }
   if (best == nullptr) {
     return {nullptr, text(name_of(operation), " has no implementation on ", name_of_device(device), "; there it has ",
                           names_text(operation, device), ", on cpu ", names_text(operation, DeviceKind::kCpu),
@@ -295,7 +314,7 @@ std::vector<ImplementationInfo> list_implementations() {
       const Implementation* chosen = choose(operation, device).row;
       for (const Implementation& row : rows_of(device)) {
         if (row.operation != operation) continue;
-        result.push_back({name_of(operation), row.name, device, needs_text(row.needs), runs_here(row), &row == chosen});
+        result.push_back({name_of(operation), row.name, device, needs_text(row), runs_here(row), &row == chosen});
       }
     }
   }
@@ -317,7 +336,7 @@ std::string explain(const std::string& operation_name, DeviceKind device) {
           : text(operation_name, " on ", name_of_device(device), " runs ", choice.row->name, ": ", choice.reason);
   for (const Implementation& row : rows_of(device)) {
     if (row.operation != *operation) continue;
-    lines += text("\n  ", row.name, runs_here(row) ? ": can run" : ": cannot run, needs " + needs_text(row.needs));
+    lines += text("\n  ", row.name, runs_here(row) ? ": can run" : ": cannot run, needs " + needs_text(row));
   }
   return lines;
 }
@@ -329,8 +348,7 @@ void force_implementation(const std::string& name) {
             names_text(Operation::kSimulateUniform, DeviceKind::kCuda), " on cuda");
     for (const Implementation& row : cpu_rows()) {
       if (row.name == name && !runs_here(row)) {
-        throw Unsupported(
-            text("\"", name, "\" needs ", needs_text(row.needs), "; this processor has ", cpu_features()));
+        throw Unsupported(text("\"", name, "\" needs ", needs_text(row), "; ", has_text(DeviceKind::kCpu)));
       }
     }
   }

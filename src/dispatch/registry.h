@@ -46,6 +46,7 @@ struct Implementation {
   DeviceKind device;
   std::uint32_t needs;  // CpuFeature bits
   AnyFunction function;
+  std::int32_t least_capability = 0;  // of a GPU, 10 * major + minor; 0: whatever the library holds code for
 };
 
 /// The row that runs `operation` on `device` now, by the forced name or else the best one.
@@ -67,5 +68,9 @@ Function select(Operation operation, DeviceKind device) {
 
 /// Rows of the CUDA library, empty when it is not loaded: dispatch/cuda_library.cpp.
 std::span<const Implementation> cuda_implementations();
+
+/// 10 * major + minor of the least capable GPU that the CUDA library can use, 0 when it is not loaded: rows are chosen for
+/// all GPUs.
+std::int32_t cuda_capability();
 
 }  // namespace kvpack

@@ -37,9 +37,8 @@ __device__ inline void publish_range(const KronKernelParams& params, const Group
     }
   }
   constexpr std::uint32_t kMagnitude = 0x7fffffffu;  // a zero of -0 would be the largest of all
-  const std::uint32_t high_bits = __reduce_max_sync(kAllLanes, __float_as_uint(highest) & kMagnitude);
-  const std::uint32_t low_bits =
-      params.needs_both_sides ? __reduce_max_sync(kAllLanes, __float_as_uint(lowest) & kMagnitude) : high_bits;
+  const std::uint32_t high_bits = warp_most(__float_as_uint(highest) & kMagnitude);
+  const std::uint32_t low_bits = params.needs_both_sides ? warp_most(__float_as_uint(lowest) & kMagnitude) : high_bits;
   if (threadIdx.x % kWarpLanes != 0) return;
   exchange.highest[group.warp] = high_bits;
   exchange.lowest[group.warp] = low_bits;

@@ -14,7 +14,7 @@ bool try_mma(const KronQuantizeProblem& problem) {
 }
 
 /// Products by wgmma, on Hopper alone and where the library holds code for it.
-bool try_wgmma(const KronQuantizeProblem& problem) {
+bool try_wgmma([[maybe_unused]] const KronQuantizeProblem& problem) {
 #if defined(KVPACK_COMPILES_FOR_SM90A)
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
   if (problem.dtype == DType::kFloat16) return launch_kron_wgmma_float16(problem);

@@ -107,7 +107,7 @@ __device__ inline void publish_stream_range(const StreamParams& params,
       }
     }
     const float most = max_or_nan(max_or_nan(low[0], low[1]), max_or_nan(low[2], low[3]));
-    const std::uint32_t bits = __reduce_max_sync(kAllLanes, __float_as_uint(most) & kMagnitude);
+    const std::uint32_t bits = warp_most(__float_as_uint(most) & kMagnitude);
     if (threadIdx.x % kWarpLanes == 0) lowest[warp] = bits;
   } else {
 #pragma unroll
@@ -120,7 +120,7 @@ __device__ inline void publish_stream_range(const StreamParams& params,
     }
   }
   const float most = max_or_nan(max_or_nan(high[0], high[1]), max_or_nan(high[2], high[3]));
-  const std::uint32_t bits = __reduce_max_sync(kAllLanes, __float_as_uint(most) & kMagnitude);
+  const std::uint32_t bits = warp_most(__float_as_uint(most) & kMagnitude);
   if (threadIdx.x % kWarpLanes == 0) {
     highest[warp] = bits;
     if (!params.needs_both_sides) lowest[warp] = bits;

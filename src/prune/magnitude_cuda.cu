@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (kept == nullptr) return;
-  survivors = __reduce_add_sync(kAllLanes, survivors);
+  survivors = warp_sum(survivors);
   if (lane == 0) atomicAdd(kept, static_cast<Counter>(survivors));
 }
 

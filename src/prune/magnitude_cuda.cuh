@@ -50,9 +50,9 @@ __device__ Cut find_warp_cut(const std::uint32_t (&ranks)[kSlots], std::uint32_t
     std::uint32_t count = 0;
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) count += ranks[s] >= candidate;
-    return static_cast<std::int64_t>(__reduce_add_sync(kAllLanes, count));
+    return static_cast<std::int64_t>(warp_sum(count));
   };
-  return find_cut(__reduce_or_sync(kAllLanes, own_bits), rank_from_top, rule, count_at_least);
+  return find_cut(warp_or(own_bits), rank_from_top, rule, count_at_least);
 }
 
 }  // namespace kvpack::cuda

@@ -59,7 +59,7 @@ __device__ std::uint32_t ranked_prefix(std::uint32_t rank, std::uint32_t least, 
   std::uint32_t key = top == 31 ? 0u : least >> (top + 1) << (top + 1);
   for (int shift = top; shift >= kLowestBit<T>; --shift) {
     const std::uint32_t candidate = key | 1u << shift;
-    if (__reduce_add_sync(kAllLanes, count_at_least(candidate)) >= rank) key = candidate;
+    if (warp_sum(count_at_least(candidate)) >= rank) key = candidate;
   }
   return key;
 }
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_tails_kernel(VectorPlan
       std::uint32_t key = ~0u;
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) key = own[i] >= prefix ? min(key, own[i]) : key;
-      key = __reduce_min_sync(kAllLanes, key);
+      key = warp_least(key);
       if (lane == 0) {
         TailBounds& target = bounds[group * plan.channels + channel + end / 2];
         target.keys[end % 2] = key;

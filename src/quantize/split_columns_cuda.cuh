@@ -155,7 +155,7 @@ __device__ TailPair find_places(const HeldList& list, std::uint32_t bound, TailP
   std::uint32_t last = 0;
   list.for_each([&](std::uint32_t key) { last = max(last, key); });
   TailPair pair;
-  pair.last = __reduce_max_sync(kAllLanes, last);
+  pair.last = warp_most(last);
   const auto rank = static_cast<std::uint32_t>(places.farther) + 1;
   const std::uint32_t prefix = ranked_prefix<T>(rank, bound, pair.last, [&list](std::uint32_t least) {
     std::uint32_t at_least = 0;
@@ -164,15 +164,15 @@ __device__ TailPair find_places(const HeldList& list, std::uint32_t bound, TailP
   });
   std::uint32_t farther = ~0u;
   list.for_each([&](std::uint32_t key) { farther = key >= prefix ? min(farther, key) : farther; });
-  pair.farther = __reduce_min_sync(kAllLanes, farther);
+  pair.farther = warp_least(farther);
   std::uint32_t above = 0;
   std::uint32_t next = ~0u;
   list.for_each([&](std::uint32_t key) {
     above += key > pair.farther;
     next = key > pair.farther ? min(next, key) : next;
   });
-  above = __reduce_add_sync(kAllLanes, above);
-  next = __reduce_min_sync(kAllLanes, next);
+  above = warp_sum(above);
+  next = warp_least(next);
   pair.nearer = above > static_cast<std::uint32_t>(places.nearer) ? next : pair.farther;
   return pair;
 }
@@ -184,7 +184,7 @@ __device__ inline std::uint32_t first_dense(const HeldList& list, std::uint32_t 
     const float value = key_value(key ^ flip);
     if (key != 0 && value < upper && value > lower) dense = max(dense, key);
   });
-  return __reduce_max_sync(kAllLanes, dense);
+  return warp_most(dense);
 }
 
 /// Grids and thresholds from the lists.

@@ -37,7 +37,7 @@ __device__ inline std::uint32_t ranked_key_of_lanes(std::uint32_t own, int rank)
   std::uint32_t largest = 0;
   for (int found = 0; found < rank; found += __popc(__ballot_sync(kAllLanes, own == largest))) {
     if (found > 0 && own == largest) own = 0;
-    largest = __reduce_max_sync(kAllLanes, own);
+    largest = warp_most(own);
     if (largest == 0) break;
   }
   return largest;
@@ -75,7 +75,7 @@ struct WarpRow {
     for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
       std::uint32_t below = 0;
       for_each([&](float value) { below += ordered_key(value) < (key | bit); });
-      if (__reduce_add_sync(kAllLanes, below) <= place) key |= bit;
+      if (warp_sum(below) <= place) key |= bit;
     }
     return key;
   }
@@ -108,14 +108,14 @@ __device__ RowSplit split_row_bit_by_bit(const WarpRow<kPacks, T>& row, const Ou
     num_lower += is_lower;
     if (!is_upper && !is_lower) dense.add(value);
   });
-  num_upper = __reduce_add_sync(kAllLanes, num_upper);
-  num_lower = __reduce_add_sync(kAllLanes, num_lower);
+  num_upper = warp_sum(num_upper);
+  num_lower = warp_sum(num_lower);
   const std::int64_t median_place = (row.channels - 1) / 2;
   if (num_lower > median_place || num_upper >= row.channels - median_place) {
     dense.add(key_value(row.sorted_key(median_place)));  // it stands in for the outliers
   }
-  dense.low = __reduce_min_sync(kAllLanes, dense.low);
-  dense.inverted_high = __reduce_min_sync(kAllLanes, dense.inverted_high);
+  dense.low = warp_least(dense.low);
+  dense.inverted_high = warp_least(dense.inverted_high);
   return {upper, lower, dense.low_value(), dense.high_value()};
 }
 
@@ -196,8 +196,8 @@ __device__ bool split_row_by_tails(const WarpRow<kPacks, T>& row, const T* memor
   const auto is_dense = [&split](const SortedTail& tail) {
     return tail.is_active && tail.own_value() < split.upper && tail.own_value() > split.lower;
   };
-  const std::uint32_t high = __reduce_max_sync(kAllLanes, is_dense(upper_end) ? upper_end.key : 0u);
-  const std::uint32_t low = __reduce_max_sync(kAllLanes, is_dense(lower_end) ? lower_end.key : 0u);
+  const std::uint32_t high = warp_most(is_dense(upper_end) ? upper_end.key : 0u);
+  const std::uint32_t low = warp_most(is_dense(lower_end) ? lower_end.key : 0u);
   split.high = key_value(high);
   split.low = key_value(~low);
   // Fewer than half of the row at either end: the median is dense.

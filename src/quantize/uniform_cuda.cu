@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kThreads)
       const T element = plan.x[token * plan.x_token_stride + c * plan.x_channel_stride];
       range.add(checked_value(element, token * plan.channels + c, findings));
     }
-    range.low = __reduce_min_sync(0xffffffffu, range.low);
-    range.inverted_high = __reduce_min_sync(0xffffffffu, range.inverted_high);
+    range.low = warp_least(range.low);
+    range.inverted_high = warp_least(range.inverted_high);
     if (threadIdx.x == 0) ranges[v] = range;
   }
 }

@@ -72,7 +72,7 @@ struct Findings {
 
 /// Adds what the threads of a warp have counted. Every lane must call.
 __device__ inline void count_outliers(std::uint32_t own, Findings* findings) {
-  const std::uint32_t of_warp = __reduce_add_sync(kAllLanes, own);
+  const std::uint32_t of_warp = warp_sum(own);
   if (threadIdx.x % kWarpLanes == 0 && of_warp > 0) atomicAdd(&findings->outliers, Counter{of_warp});
 }
 
