@@ -62,8 +62,10 @@ def bench_case(shape: tuple[int, int], dtype: torch.dtype, copy_rate: float, rat
         ),
     ):
         mine = time_calls(calls, rounds=ROUNDS)
-        ops.force_implementation("cuda_chains")
-        chains = time_calls(calls, rounds=ROUNDS)
+        others = {}
+        for other in ("cuda_mma", "cuda_chains"):
+            ops.force_implementation(other)
+            others[other] = time_calls(calls, rounds=ROUNDS).median_us
         ops.force_implementation("")
         matrix = table.analysis
         floats = inputs[0].float()
@@ -78,7 +80,8 @@ def bench_case(shape: tuple[int, int], dtype: torch.dtype, copy_rate: float, rat
                 "how": mine.how,
                 "floor_us": floor,
                 "share_of_floor": floor / mine.median_us,
-                "cuda_chains_us": chains.median_us,
+                "cuda_mma_us": others["cuda_mma"],
+                "cuda_chains_us": others["cuda_chains"],
                 "torch_float32_product_us": product.median_us,
                 "bytes_that_differ": differ,
             }
@@ -101,8 +104,9 @@ def main() -> None:
                 results.append(row)
                 print(
                     f"{row['case']:58} {row['us']:9.1f} us ({row['range_us'][0]:.1f} to {row['range_us'][1]:.1f},"
-                    f" {row['how']}) floor {row['floor_us']:7.1f} us = {row['share_of_floor']:4.0%}; chains"
-                    f" {row['cuda_chains_us']:.0f}, torch's float32 product {row['torch_float32_product_us']:.0f} us,"
+                    f" {row['how']}) floor {row['floor_us']:7.1f} us = {row['share_of_floor']:4.0%}; mma"
+                    f" {row['cuda_mma_us']:.0f}, chains {row['cuda_chains_us']:.0f}, torch's float32"
+                    f" product {row['torch_float32_product_us']:.0f} us,"
                     f" {row['bytes_that_differ']:.4%} of bytes differ",
                     flush=True,
                 )

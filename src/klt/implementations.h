@@ -103,6 +103,9 @@ KVPACK_DECLARE_KLT
 }
 namespace cuda {  // in libkvpack_cuda
 KVPACK_DECLARE_KLT
+namespace mma {  // tensor cores without Hopper's own instructions
+KVPACK_DECLARE_KLT
+}
 namespace chains {  // the CPU's bits, without tensor cores
 KVPACK_DECLARE_KLT
 }

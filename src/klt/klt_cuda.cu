@@ -15,6 +15,7 @@
 #include "klt/implementations.h"
 #include "klt/product_chain_cuda.cuh"
 #include "klt/product_tensor_cuda.cuh"
+#include "klt/product_wgmma_launch_cuda.cuh"
 
 namespace kvpack::cuda {
 
@@ -23,7 +24,15 @@ namespace {
 /// Tokens of a chunk: 5 waves of blocks on the largest GPUs for 640 coefficients, and 84 MB of float32.
 constexpr std::int64_t kChunkRows = 32768;
 
-enum class Arithmetic : std::int32_t { kChains, kTensorCores };
+enum class Arithmetic : std::int32_t { kChains, kMma, kWgmma };
+
+/// wgmma exists on Hopper, where the library holds code for it; elsewhere mma.sync takes its place.
+Arithmetic available(Arithmetic wanted) {
+#if defined(KVPACK_COMPILES_FOR_SM90A)
+  if (wgmma::device_number(cudaDevAttrComputeCapabilityMajor) == 9) return wanted;
+#endif
+  return wanted == Arithmetic::kWgmma ? Arithmetic::kMma : wanted;
+}
 
 /// A matrix on the right side of products, in the form that the arithmetic wants.
 class Factors {
@@ -33,14 +42,19 @@ class Factors {
         matrix_(matrix),
         depth_(depth),
         columns_(columns),
-        split_(matrix, arithmetic == Arithmetic::kTensorCores ? depth : 0, columns, stream),
+        split_(matrix, arithmetic == Arithmetic::kMma ? depth : 0, columns, stream),
+        blocks_(matrix, arithmetic == Arithmetic::kWgmma ? depth : 0, columns, stream),
         stream_(stream) {}
+  /// `inputs`: that a row has in memory; those behind the depth are zeros.
   template <typename T, typename Store>
-  void multiply(const ProductRows<T>& lhs, const Store& store) const {
-    if (arithmetic_ == Arithmetic::kChains) {
-      launch_chain_product<T>(lhs, matrix_, depth_, columns_, store, stream_);
-    } else {
-      launch_tensor_product<T>(lhs, split_.view(), depth_, columns_, store, stream_);
+  void multiply(const ProductRows<T>& lhs, std::int32_t inputs, const Store& store) const {
+    switch (arithmetic_) {
+      case Arithmetic::kChains:
+        return launch_chain_product<T>(lhs, matrix_, depth_, columns_, store, stream_);
+      case Arithmetic::kMma:
+        return launch_tensor_product<T>(lhs, split_.view(), depth_, columns_, store, stream_);
+      case Arithmetic::kWgmma:
+        return launch_wgmma_product<T>(lhs, blocks_.view(), depth_, inputs, columns_, store, stream_);
     }
   }
 
@@ -50,6 +64,7 @@ class Factors {
   std::int32_t depth_;
   std::int32_t columns_;
   SplitMatrixMemory split_;
+  SplitBlocksMemory blocks_;
   cudaStream_t stream_;
 };
 
@@ -102,20 +117,22 @@ class Workplace {
         pitch_(round_up(std::max(table.coefficients, 1), 32)),
         chunk_(std::min(std::max<std::int64_t>(total_rows, 1), kChunkRows)),
         coefficients_(std::max(plan_.layout.coded, 1), stream),
+        units_(std::max(plan_.units, 1), stream),
         boundaries_(std::max(plan_.boundaries, 1), stream),
         values_(chunk_ * pitch_, stream),
         scales_(chunk_, stream) {
     keep_temporary_memory();  // decoding synchronises after every token
     if (plan_.layout.coded == 0) return;
-    const auto blocks = static_cast<int>(divide_up(plan_.layout.coded, rows::kThreads));
+    const auto blocks = static_cast<int>(divide_up(std::max(plan_.layout.coded, plan_.units), rows::kThreads));
     rows::describe_kernel<<<blocks, rows::kThreads, 0, stream>>>(plan_, table.centroids, coefficients_.data(),
-                                                                 boundaries_.data());
+                                                                 units_.data(), boundaries_.data());
     check_cuda(cudaGetLastError(), "launch the description of coefficients");
   }
   [[nodiscard]] rows::Parts parts(const KltData& table, const KltRowsData& bytes, std::int64_t tokens,
                                   std::int64_t first_row, std::int64_t num_rows) const {
     return {plan_,
             coefficients_.data(),
+            units_.data(),
             boundaries_.data(),
             table.centroids,
             table.in_scale,
@@ -129,7 +146,7 @@ class Workplace {
             num_rows};
   }
   [[nodiscard]] std::int64_t chunk() const { return chunk_; }
-  [[nodiscard]] const RowPlan& plan() const { return plan_; }
+  [[nodiscard]] std::int32_t pitch() const { return static_cast<std::int32_t>(pitch_); }
   [[nodiscard]] StoreSums sums() const { return {values_.data(), pitch_}; }
   [[nodiscard]] const float* scales() const { return scales_.data(); }
   /// The chunk's centroids as rows of a product.
@@ -142,25 +159,78 @@ class Workplace {
   std::int64_t pitch_;
   std::int64_t chunk_;
   DeviceBuffer<Coefficient> coefficients_;
+  DeviceBuffer<Unit> units_;
   DeviceBuffer<float> boundaries_;
   DeviceBuffer<float> values_;
   DeviceBuffer<float> scales_;
 };
 
-/// Tokens that a warp of the codec takes together, where their pieces fit into shared memory: coefficients and boundaries
-/// are read once for them.
+/// How threads of the codec share tokens out: with many tokens a warp takes several, for which coefficients and boundaries are
+/// read once; with few a block takes one.
+enum class Sharing : std::int32_t { kSeveralAWarp, kOneAWarp, kOneABlock };
 constexpr int kTogether = 4;
 
-/// Blocks of the codec's kernels: a warp for `together` rows.
-int codec_blocks(std::int64_t num_rows, int together) {
-  return grid_blocks(divide_up(num_rows, rows::kWarps * together));
+/// `token_bytes` of shared memory for a token beside those for all: of the 48 KB that need no permission.
+Sharing choose_sharing(std::int64_t num_rows, std::int64_t token_bytes, std::int64_t all_bytes) {
+  constexpr std::int64_t kMostBytes = 48 << 10;
+  constexpr std::int64_t kManyRows = 12288;  // enough warps of kTogether for all multiprocessors of the largest GPUs
+  constexpr std::int64_t kFewRows = 264;
+  if (num_rows <= kFewRows || rows::kWarps * token_bytes + all_bytes > kMostBytes) return Sharing::kOneABlock;
+  const bool fits = rows::kWarps * kTogether * token_bytes + all_bytes <= kMostBytes;
+  return num_rows >= kManyRows && fits ? Sharing::kSeveralAWarp : Sharing::kOneAWarp;
 }
 
-template <int kTokens>
+/// Calls launch<tokens of a team, threads of a team>(blocks, tokens of a block).
+template <typename Launch>
+void with_sharing(Sharing sharing, std::int64_t num_rows, std::int64_t most_blocks, Launch&& launch) {
+  const auto call = [&]<int kTokens, int kTeam>() {
+    constexpr int kBlockTokens = rows::Team<kTeam>::kTeams * kTokens;
+    const auto blocks =
+        static_cast<int>(std::min<std::int64_t>(grid_blocks(divide_up(num_rows, kBlockTokens)), most_blocks));
+    launch.template operator()<kTokens, kTeam>(blocks, kBlockTokens);
+    check_cuda(cudaGetLastError(), "launch the codec of transform-coded rows");
+  };
+  switch (sharing) {
+    case Sharing::kSeveralAWarp:
+      return call.template operator()<kTogether, kWarpLanes>();
+    case Sharing::kOneAWarp:
+      return call.template operator()<1, kWarpLanes>();
+    case Sharing::kOneABlock:
+      return call.template operator()<1, rows::kThreads>();
+  }
+}
+
+constexpr std::int64_t kAnyBlocks = std::int64_t{1} << 30;
+
 void launch_pack(const rows::Parts& parts, cudaStream_t stream) {
-  const int bytes = rows::kWarps * kTokens * parts.plan.pieces;
-  rows::pack_kernel<kTokens><<<codec_blocks(parts.num_rows, kTokens), rows::kThreads, bytes, stream>>>(parts);
-  check_cuda(cudaGetLastError(), "launch the packing of rows");
+  const std::int32_t token_bytes = rows::packing_bytes(parts.plan);
+  with_sharing(choose_sharing(parts.num_rows, token_bytes, 0), parts.num_rows, kAnyBlocks,
+               [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
+                 rows::pack_kernel<kTokens, kTeam>
+                     <<<blocks, rows::kThreads, block_tokens * token_bytes, stream>>>(parts);
+               });
+}
+
+void launch_quantize(const rows::Parts& parts, cudaStream_t stream) {
+  with_sharing(choose_sharing(parts.num_rows, 0, 0), parts.num_rows, kAnyBlocks,
+               [&]<int kTokens, int kTeam>(int blocks, int) {
+                 rows::quantize_kernel<kTokens, kTeam><<<blocks, rows::kThreads, 0, stream>>>(parts);
+               });
+}
+
+void launch_expand(const rows::Parts& parts, cudaStream_t stream) {
+  constexpr std::int32_t kMostSharedCentroids = 8192;  // 32 KB: several blocks still fit on a multiprocessor
+  // A block fills its shared memory once, so few blocks with many rows each are enough.
+  constexpr int kMostBlocks = 132 * 6;
+  const std::int32_t token_bytes = 4 * (rows::row_words(parts.plan) + 1);
+  std::int32_t shared = parts.plan.centroids <= kMostSharedCentroids ? parts.plan.centroids : 0;
+  const Sharing sharing = choose_sharing(parts.num_rows, token_bytes, 4 * shared);
+  if (sharing == Sharing::kOneABlock) shared = 0;  // most would not be used
+  with_sharing(sharing, parts.num_rows, shared > 0 ? kMostBlocks : kAnyBlocks,
+               [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
+                 const int bytes = 4 * shared + block_tokens * token_bytes;
+                 rows::expand_kernel<kTokens, kTeam><<<blocks, rows::kThreads, bytes, stream>>>(parts, shared);
+               });
 }
 
 /// Calls body(span) for each chunk of rows.
@@ -183,65 +253,60 @@ void require_even(const KltRowsData& bytes) {
 /// Coefficients of a chunk into the workplace.
 void analyse(const KltMatrix& x, const TokenSpan& span, const KltData& table, const Factors& analysis,
              const Workplace& place) {
-  with_float_type(x.dtype, [&]<typename T>() { analysis.multiply(ProductRows<T>{x, span, table.mean}, place.sums()); });
+  with_float_type(x.dtype, [&]<typename T>() {
+    analysis.multiply(ProductRows<T>{x, span, table.mean}, table.channels, place.sums());
+  });
 }
 
 /// Centroids and scales in the workplace into tokens.
 void synthesise(const KltData& table, const Factors& synthesis, const Workplace& place, const KltRopeData& rope,
                 const KltMatrix& out, const TokenSpan& span, float* dense, cudaStream_t stream) {
   const ProductRows<float> values = place.values(span.rows);
+  const std::int32_t inputs = place.pitch();
   with_float_type(out.dtype, [&]<typename T>() {
     if (rope.width == 0) {
-      synthesis.multiply(values, StoreTokens<T>{out, span, place.scales(), table.mean});
+      synthesis.multiply(values, inputs, StoreTokens<T>{out, span, place.scales(), table.mean});
       return;
     }
-    synthesis.multiply(values, StoreScaled{dense, table.channels, place.scales(), table.mean});
+    synthesis.multiply(values, inputs, StoreScaled{dense, table.channels, place.scales(), table.mean});
     const int blocks = grid_blocks(divide_up(span.rows * table.channels, 256));
     rotate_kernel<T><<<blocks, 256, 0, stream>>>(dense, rope, out, span, table.channels);
     check_cuda(cudaGetLastError(), "launch the rotation of keys");
   });
 }
 
-void compress(const CompressKltProblem& problem, Arithmetic arithmetic) {
+void compress(const CompressKltProblem& problem, Arithmetic wanted) {
   const DeviceGuard device(problem.x.data, "x");
+  const Arithmetic arithmetic = available(wanted);
   require_even(problem.rows);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const KltData& table = problem.table;
   const Workplace place(table, problem.sequences * problem.tokens, stream);
   const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, stream);
-  // Of the 48 KB that need no permission; for one token at a time they are always enough.
-  constexpr int kMostBytes = 48 << 10;
-  const bool fits = rows::kWarps * kTogether * place.plan().pieces <= kMostBytes;
   for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
     analyse(problem.x, span, table, analysis, place);
-    const rows::Parts parts = place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows);
-    fits ? launch_pack<kTogether>(parts, stream) : launch_pack<1>(parts, stream);
+    launch_pack(place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), stream);
   });
 }
 
-void unpack(const UnpackKltProblem& problem, Arithmetic arithmetic) {
+void unpack(const UnpackKltProblem& problem, Arithmetic wanted) {
   const DeviceGuard device(problem.out.data, "out");
+  const Arithmetic arithmetic = available(wanted);
   require_even(problem.rows);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const KltData& table = problem.table;
   const Workplace place(table, problem.sequences * problem.tokens, stream);
   const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, stream);
   const DeviceBuffer<float> dense(problem.rope.width > 0 ? place.chunk() * table.channels : 1, stream);
-  constexpr std::int32_t kMostSharedCentroids = 8192;  // 32 KB: several blocks still fit on a multiprocessor
-  const std::int32_t shared = place.plan().centroids <= kMostSharedCentroids ? place.plan().centroids : 0;
-  // A block fills its shared memory once, so few blocks with many rows each are enough.
-  constexpr int kMostBlocks = 132 * 8;
   for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
-    rows::expand_kernel<kTogether>
-        <<<std::min(codec_blocks(span.rows, kTogether), kMostBlocks), rows::kThreads, 4 * shared, stream>>>(
-            place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), shared);
-    check_cuda(cudaGetLastError(), "launch the reading of rows");
+    launch_expand(place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), stream);
     synthesise(table, synthesis, place, problem.rope, problem.out, span, dense.data(), stream);
   });
 }
 
-void simulate(const SimulateKltProblem& problem, Arithmetic arithmetic) {
+void simulate(const SimulateKltProblem& problem, Arithmetic wanted) {
   const DeviceGuard device(problem.x.data, "x");
+  const Arithmetic arithmetic = available(wanted);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const KltData& table = problem.table;
   const std::int64_t first = problem.protected_tokens;
@@ -260,18 +325,22 @@ void simulate(const SimulateKltProblem& problem, Arithmetic arithmetic) {
   const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, stream);
   for_each_chunk(problem.sequences, first, tokens, place.chunk(), [&](const TokenSpan& span) {
     analyse(problem.x, span, table, analysis, place);
-    rows::quantize_kernel<kTogether><<<codec_blocks(span.rows, kTogether), rows::kThreads, 0, stream>>>(
-        place.parts(table, {}, tokens, span.first_row, span.rows));
-    check_cuda(cudaGetLastError(), "launch the quantisation of coefficients");
+    launch_quantize(place.parts(table, {}, tokens, span.first_row, span.rows), stream);
     synthesise(table, synthesis, place, {}, problem.out, span, nullptr, stream);
   });
 }
 
 }  // namespace
 
-void compress_klt(const CompressKltProblem& problem) { compress(problem, Arithmetic::kTensorCores); }
-void unpack_klt(const UnpackKltProblem& problem) { unpack(problem, Arithmetic::kTensorCores); }
-void simulate_klt(const SimulateKltProblem& problem) { simulate(problem, Arithmetic::kTensorCores); }
+void compress_klt(const CompressKltProblem& problem) { compress(problem, Arithmetic::kWgmma); }
+void unpack_klt(const UnpackKltProblem& problem) { unpack(problem, Arithmetic::kWgmma); }
+void simulate_klt(const SimulateKltProblem& problem) { simulate(problem, Arithmetic::kWgmma); }
+
+namespace mma {
+void compress_klt(const CompressKltProblem& problem) { compress(problem, Arithmetic::kMma); }
+void unpack_klt(const UnpackKltProblem& problem) { unpack(problem, Arithmetic::kMma); }
+void simulate_klt(const SimulateKltProblem& problem) { simulate(problem, Arithmetic::kMma); }
+}  // namespace mma
 
 namespace chains {
 void compress_klt(const CompressKltProblem& problem) { compress(problem, Arithmetic::kChains); }

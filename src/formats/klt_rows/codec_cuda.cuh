@@ -1,5 +1,5 @@
-// Coefficients to the bytes of rows and back on the GPU. A warp takes a token: lanes are coefficients while codes are found,
-// and words of 16 bits while a row is put together, so that no two lanes write to one place.
+// Coefficients to the bytes of rows and back on the GPU. A warp takes some tokens, or a block one where there are few: threads
+// are coefficients while codes are found, and short runs of bits while a row is put together.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -18,11 +18,12 @@ __device__ inline __half scale_of(const float* z, const std::int32_t* in_scale, 
   static_assert(kKltStrands == kWarpLanes);
   float strand = 0.0f;
   std::int32_t count = 0;
+#pragma unroll 8
   for (auto k = static_cast<std::int32_t>(threadIdx.x) % kWarpLanes; k < coefficients; k += kWarpLanes) {
-    if (in_scale[k] == 0) continue;
+    const bool takes_part = in_scale[k] != 0;
     const float square = z[k] * z[k];
-    strand = strand + square;
-    ++count;
+    strand = takes_part ? strand + square : strand;
+    count += takes_part ? 1 : 0;
   }
   for (int half = kWarpLanes / 2; half > 0; half /= 2) {
     strand = strand + __shfl_down_sync(kAllLanes, strand, half);
@@ -33,56 +34,66 @@ __device__ inline __half scale_of(const float* z, const std::int32_t* in_scale, 
   return __ushort_as_half(static_cast<unsigned short>(klt_scale_bits(klt_scale_code(__half_as_ushort(rms)))));
 }
 
-/// Codes of one coefficient of several tokens: its boundaries are read once for all.
+/// Threads that take the same tokens: a warp, or all of a block where there are few tokens.
+template <int kSize>
+struct Team {
+  static_assert(kSize == kWarpLanes || kSize == kThreads);
+  static constexpr int kTeams = kThreads / kSize;  // of a block
+  static __device__ int member() { return static_cast<int>(threadIdx.x) % kSize; }
+  static __device__ int number() { return static_cast<int>(threadIdx.x) / kSize; }
+  static __device__ void sync() {
+    if constexpr (kSize == kWarpLanes) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+};
+
+/// How many boundaries lie below y: one after another where they are few, else by halves. Boundaries ascend; for NaN none does.
 template <int kTogether>
 __device__ inline void find_codes(const float (&y)[kTogether], const Coefficient& coefficient, const float* boundaries,
                                   std::uint32_t (&codes)[kTogether]) {
+  constexpr int kFewLevels = 8;
   const float* boundary = boundaries + coefficient.first_boundary;
-  for (int u = 0; u < kTogether; ++u) codes[u] = 0;
-  for (int j = 0; j + 1 < coefficient.levels; ++j) {
-    const float limit = boundary[j * coefficient.boundary_stride];
+  const int levels = coefficient.levels;
+  const int stride = coefficient.boundary_stride;
 #pragma unroll
-    for (int u = 0; u < kTogether; ++u) codes[u] += y[u] > limit ? 1u : 0u;
+  for (int u = 0; u < kTogether; ++u) codes[u] = 0;
+  if (levels <= kFewLevels) {
+#pragma unroll
+    for (int j = 0; j + 1 < kFewLevels; ++j) {
+      if (j + 1 >= levels) break;
+      const float limit = boundary[j * stride];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) codes[u] += y[u] > limit ? 1u : 0u;
+    }
+    return;
+  }
+  for (int step = levels > 32 ? 32 : (levels > 16 ? 16 : 8); step > 0; step /= 2) {
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      const int next = static_cast<int>(codes[u]) + step;
+      if (next < levels && y[u] > boundary[(next - 1) * stride]) codes[u] = static_cast<std::uint32_t>(next);
+    }
   }
 }
 
-/// Bits [16 * index, 16 * index + 16) of a row, from a token's pieces.
-__device__ inline std::uint32_t word_of(const RowPlan& plan, const std::uint8_t* pieces, std::int32_t index) {
-  const std::int32_t first_bit = 16 * index;
-  std::uint32_t word = 0;
-  const auto add = [&](std::uint32_t value, std::int32_t place) {
-    word |= place >= 0 ? value << place : value >> -place;
-  };
-  for (std::int32_t s = 0; s < klt_rows::kNumFieldSections; ++s) {
-    const std::int32_t first = plan.layout.first_field_bit[s];
-    const std::int32_t width = klt_rows::field_bits(s);
-    for (std::int32_t i = max(0, (first_bit - first) / width); i < plan.layout.num_fields[s]; ++i) {
-      const std::int32_t place = first + i * width - first_bit;
-      if (place >= 16) break;
-      add(pieces[plan.first_field_piece[s] + i], place);
-    }
-  }
-  for (std::int32_t s = 0; s < klt_rows::kNumDigitSections; ++s) {
-    const std::int32_t first = plan.layout.first_digit_bit[s];
-    const std::int32_t full = klt_rows::group_digits(s);
-    const std::int32_t bits = klt_rows::group_bits(s, full);
-    for (std::int32_t g = max(0, (first_bit - first) / bits); g * full < plan.layout.num_digits[s]; ++g) {
-      const std::int32_t place = first + g * bits - first_bit;
-      if (place >= 16) break;
-      std::uint32_t number = 0;
-      for (std::int32_t i = min(full, plan.layout.num_digits[s] - g * full) - 1; i >= 0; --i) {
-        number = number * klt_rows::digit_base(s) + pieces[plan.first_digit_piece[s] + g * full + i];
-      }
-      add(number, place);
-    }
-  }
-  return word & 0xffffu;
+/// Bits of a row from a token's pieces into its words, which hold zeros there.
+__device__ inline void put_unit(const Unit& unit, const std::uint8_t* pieces, std::uint32_t* words) {
+  std::uint32_t number = 0;
+  for (int i = unit.count - 1; i >= 0; --i) number = number * unit.multiplier + pieces[unit.first_piece + i];
+  const int place = unit.bit % 32;
+  atomicOr(words + unit.bit / 32, number << place);
+  const std::uint32_t rest = place == 0 ? 0u : number >> (32 - place);
+  if (rest != 0) atomicOr(words + unit.bit / 32 + 1, rest);
 }
 
 /// What quantising and expanding read and write. Trivially copyable.
 struct Parts {
   RowPlan plan;
   const Coefficient* coefficients;  // [coded]
+  const Unit* units;                // [plan.units]
   const float* boundaries;
   const float* centroids;
   const std::int32_t* in_scale;  // [num_coefficients]
@@ -103,13 +114,13 @@ __device__ inline std::uint16_t* row_of(const Parts& parts, std::int64_t row) {
   return reinterpret_cast<std::uint16_t*>(bytes);
 }
 
-/// Scales of the tokens of a warp and their inverses; tokens beyond the last one get 0.
+/// Scales of several tokens and their inverses, the same in all lanes; every warp finds them for itself. Tokens beyond the last one get 0.
 template <int kTogether>
-struct WarpScales {
+struct TokenScales {
   __half scales[kTogether];
   float inverses[kTogether];
 
-  __device__ WarpScales(const Parts& parts, std::int64_t first) {
+  __device__ TokenScales(const Parts& parts, std::int64_t first) {
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {
       scales[u] = __ushort_as_half(0);
@@ -121,85 +132,102 @@ struct WarpScales {
   }
 };
 
+/// Words of 32 bits that hold a token's row.
+KVPACK_HOST_DEVICE inline std::int32_t row_words(const RowPlan& plan) { return (plan.layout.row_bytes + 3) / 4; }
+
+/// Bytes of shared memory for a token that is packed: its pieces, filled up to words, and its row.
+KVPACK_HOST_DEVICE inline std::int32_t packing_bytes(const RowPlan& plan) {
+  return (plan.pieces + 3) / 4 * 4 + 4 * row_words(plan);
+}
+
 /// Writes the rows of coefficients.
 ///
-///   lanes     z0 z1 ... z31 | z32 ...       y = z / r against the boundaries of each, kTogether tokens at a time
+///   members   z0 z1 ... z31 | z32 ...       y = z / r against the boundaries of each, kTogether tokens at a time
 ///   pieces    02 01 | 1 2 0 | ...           bytes of shared memory, section after section
-///   lanes     word 0 (r and 8 bits) | word 1 | ...     16 bits of the row each
+///   members   unit 0 | unit 1 | ...         a number of several pieces each, into words of shared memory
 ///
-/// Launch  any number of blocks of kThreads; a warp for kTogether tokens
-/// Work    codes into pieces, then words out of pieces
+/// Launch  any number of blocks of kThreads; a team of kTeam for kTogether tokens
+/// Work    codes into pieces, pieces into words, words out
 /// Reads   values once or twice, boundaries from the cache
 /// Writes  rows once
-/// Needs   kWarps * kTogether * plan.pieces bytes of dynamic shared memory
-template <int kTogether>
+/// Needs   teams * kTogether * packing_bytes(plan) of dynamic shared memory
+template <int kTogether, int kTeam>
 __global__ void __launch_bounds__(kThreads) pack_kernel(Parts parts) {
-  extern __shared__ std::uint8_t all_pieces[];
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const std::int32_t size = parts.plan.pieces;
-  std::uint8_t* pieces = all_pieces + warp * kTogether * size;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kWarps * kTogether;
-  for (std::int64_t first = (static_cast<std::int64_t>(blockIdx.x) * kWarps + warp) * kTogether; first < parts.num_rows;
-       first += step) {
-    const WarpScales<kTogether> warp_scales(parts, first);
-    for (std::int32_t k = lane; k < parts.plan.layout.coded; k += kWarpLanes) {
+  extern __shared__ std::uint32_t all_words[];
+  const int member = Team<kTeam>::member();
+  const std::int32_t num_words = row_words(parts.plan);
+  const std::int32_t size = packing_bytes(parts.plan) / 4;
+  std::uint32_t* words = all_words + Team<kTeam>::number() * kTogether * size;
+  constexpr int kBlockTokens = Team<kTeam>::kTeams * kTogether;
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kBlockTokens + Team<kTeam>::number() * kTogether;
+       first < parts.num_rows; first += static_cast<std::int64_t>(gridDim.x) * kBlockTokens) {
+    const TokenScales<kTogether> scales(parts, first);
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      for (std::int32_t i = member; i < num_words; i += kTeam) {
+        words[u * size + i] = i == 0 ? __half_as_ushort(scales.scales[u]) >> kKltScaleShift : 0u;
+      }
+    }
+    for (std::int32_t k = member; k < parts.plan.layout.coded; k += kTeam) {
       const Coefficient coefficient = parts.coefficients[k];
       float y[kTogether];
       std::uint32_t codes[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
         const bool exists = first + u < parts.num_rows;
-        y[u] = exists ? parts.values[(first + u) * parts.pitch + k] * warp_scales.inverses[u] : 0.0f;
+        y[u] = exists ? parts.values[(first + u) * parts.pitch + k] * scales.inverses[u] : 0.0f;
       }
       find_codes(y, coefficient, parts.boundaries, codes);
       const std::uint32_t mask = (1u << coefficient.low_bits) - 1u;
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        std::uint8_t* own = pieces + u * size;
-        if (coefficient.field_bit >= 0) own[coefficient.field_piece] = static_cast<std::uint8_t>(codes[u] & mask);
+        auto* pieces = reinterpret_cast<std::uint8_t*>(words + u * size + num_words);
+        if (coefficient.field_bit >= 0) pieces[coefficient.field_piece] = static_cast<std::uint8_t>(codes[u] & mask);
         if (coefficient.digit_bit >= 0) {
-          own[coefficient.digit_piece] = static_cast<std::uint8_t>(codes[u] >> coefficient.low_bits);
+          pieces[coefficient.digit_piece] = static_cast<std::uint8_t>(codes[u] >> coefficient.low_bits);
         }
       }
     }
-    __syncwarp();
+    Team<kTeam>::sync();
+    for (std::int32_t i = member; i < parts.plan.units; i += kTeam) {
+      const Unit unit = parts.units[i];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        put_unit(unit, reinterpret_cast<const std::uint8_t*>(words + u * size + num_words), words + u * size);
+      }
+    }
+    Team<kTeam>::sync();
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {
       if (first + u >= parts.num_rows) break;
-      std::uint16_t* words = row_of(parts, first + u);
-      const std::uint8_t* own = pieces + u * size;
-      for (std::int32_t i = lane; i < parts.plan.layout.row_bytes / 2; i += kWarpLanes) {
-        const std::uint32_t scale = i == 0 ? __half_as_ushort(warp_scales.scales[u]) >> kKltScaleShift : 0u;
-        const std::uint32_t word = word_of(parts.plan, own, i) | scale;
-        words[i] = static_cast<std::uint16_t>(word);
-      }
+      std::uint16_t* row = row_of(parts, first + u);
+      const auto* halves = reinterpret_cast<const std::uint16_t*>(words + u * size);
+      for (std::int32_t i = member; i < parts.plan.layout.row_bytes / 2; i += kTeam) row[i] = halves[i];
     }
-    __syncwarp();  // the next tokens write the same pieces
+    Team<kTeam>::sync();  // the next tokens write the same words
   }
 }
 
 /// Replaces coefficients by the centroids of their codes, without the bytes in between.
 ///
-/// Launch  any number of blocks of kThreads; a warp for kTogether tokens
-/// Work    lanes are coefficients
+/// Launch  any number of blocks of kThreads; a team of kTeam for kTogether tokens
+/// Work    members are coefficients
 /// Reads   values once or twice, boundaries and centroids from the cache
 /// Writes  values once, zeros behind them; scales once
 /// Needs   nothing
-template <int kTogether>
+template <int kTogether, int kTeam>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(Parts parts) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kWarps * kTogether;
-  for (std::int64_t first = (static_cast<std::int64_t>(blockIdx.x) * kWarps + warp) * kTogether; first < parts.num_rows;
-       first += step) {
-    const WarpScales<kTogether> warp_scales(parts, first);
-    __syncwarp();  // all coefficients were read for the scales
+  const int member = Team<kTeam>::member();
+  constexpr int kBlockTokens = Team<kTeam>::kTeams * kTogether;
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kBlockTokens + Team<kTeam>::number() * kTogether;
+       first < parts.num_rows; first += static_cast<std::int64_t>(gridDim.x) * kBlockTokens) {
+    const TokenScales<kTogether> scales(parts, first);
+    Team<kTeam>::sync();  // all coefficients were read for the scales
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {
-      if (lane == 0 && first + u < parts.num_rows) parts.scales[first + u] = __half2float(warp_scales.scales[u]);
+      if (member == 0 && first + u < parts.num_rows) parts.scales[first + u] = __half2float(scales.scales[u]);
     }
-    for (std::int32_t k = lane; k < parts.pitch; k += kWarpLanes) {
+    for (std::int32_t k = member; k < parts.pitch; k += kTeam) {
       const bool is_coded = k < parts.plan.layout.coded;
       const Coefficient coefficient = is_coded ? parts.coefficients[k] : Coefficient{};
       float y[kTogether];
@@ -207,7 +235,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Parts parts) {
       float* values = parts.values + first * parts.pitch + k;
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        y[u] = first + u < parts.num_rows ? values[u * parts.pitch] * warp_scales.inverses[u] : 0.0f;
+        y[u] = first + u < parts.num_rows ? values[u * parts.pitch] * scales.inverses[u] : 0.0f;
       }
       find_codes(y, coefficient, parts.boundaries, codes);  // none for 0 levels
 #pragma unroll
@@ -219,73 +247,61 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Parts parts) {
   }
 }
 
-/// 32 bits of a row from a word of 16 on; beyond the row zeros.
-__device__ inline std::uint32_t two_words(const std::uint16_t* words, std::int32_t index, std::int32_t num_words) {
-  const std::uint32_t high = index + 1 < num_words ? words[index + 1] : 0u;
-  return words[index] | high << 16;
-}
-
-/// `bits` of a row at any bit; at most 17, so that 32 bits from a word on hold them.
-__device__ inline std::uint32_t bits_at(const std::uint16_t* words, std::int32_t num_words, std::int32_t bit,
-                                        std::int32_t bits) {
-  return two_words(words, bit / 16, num_words) >> (bit % 16) & ((1u << bits) - 1u);
+/// `bits` of a row at any bit; the words go on for one behind the row.
+__device__ inline std::uint32_t bits_at(const std::uint32_t* words, int bit, int bits) {
+  return __funnelshift_r(words[bit / 32], words[bit / 32 + 1], static_cast<std::uint32_t>(bit % 32)) &
+         ((1u << bits) - 1u);
 }
 
 /// The code of a coefficient, below its levels whatever the bytes are.
-__device__ inline std::uint32_t read_code(const std::uint16_t* words, std::int32_t num_words,
-                                          const Coefficient& coefficient) {
+__device__ inline std::uint32_t read_code(const std::uint32_t* words, const Coefficient& coefficient) {
   std::uint32_t code = 0;
-  if (coefficient.field_bit >= 0) code = bits_at(words, num_words, coefficient.field_bit, coefficient.low_bits);
+  if (coefficient.field_bit >= 0) code = bits_at(words, coefficient.field_bit, coefficient.low_bits);
   if (coefficient.digit_bit >= 0) {
-    std::uint32_t number = bits_at(words, num_words, coefficient.digit_bit, coefficient.group_bits);
-    const int place = coefficient.digit_place;
-    if (coefficient.digit_section == 0) {
-      for (int i = 0; i < place; ++i) number /= 3;
-      number %= 3;
-    } else if (coefficient.digit_section == 1) {
-      for (int i = 0; i < place; ++i) number /= 5;
-      number %= 5;
-    } else {
-      for (int i = 0; i < place; ++i) number /= 7;
-      number %= 7;
-    }
-    code |= number << coefficient.low_bits;
+    const std::uint32_t number = bits_at(words, coefficient.digit_bit, coefficient.group_bits);
+    // Of the place 0 the inverse is that of 1: 2^31.
+    const std::uint32_t digits = __umulhi(2u * number, coefficient.place_inverse);
+    const auto base = static_cast<std::uint32_t>(klt_rows::digit_base(coefficient.digit_section));
+    code |= (digits - base * __umulhi(2u * digits, coefficient.base_inverse)) << coefficient.low_bits;
   }
   return code;
 }
 
 /// Writes the centroids and scales that rows stand for.
 ///
-/// Launch  any number of blocks of kThreads; a warp for kTogether tokens
-/// Work    lanes are coefficients; the centroids wait in shared memory where they fit
+/// Launch  any number of blocks of kThreads; a team of kTeam for kTogether tokens
+/// Work    rows into words of shared memory, then members are coefficients; centroids wait in shared memory where they fit
 /// Reads   rows once
 /// Writes  values once, zeros behind them; scales once
-/// Needs   shared_centroids * 4 bytes of dynamic shared memory: all of them or none
-template <int kTogether>
+/// Needs   dynamic shared memory: shared_centroids floats (all of them or none), row_words(plan) + 1 words for each token
+template <int kTogether, int kTeam>
 __global__ void __launch_bounds__(kThreads) expand_kernel(Parts parts, std::int32_t shared_centroids) {
-  extern __shared__ float own_centroids[];
+  extern __shared__ float shared_floats[];
   for (auto i = static_cast<std::int32_t>(threadIdx.x); i < shared_centroids; i += kThreads) {
-    own_centroids[i] = parts.centroids[i];
+    shared_floats[i] = parts.centroids[i];
   }
   __syncthreads();
-  const float* centroids = shared_centroids > 0 ? own_centroids : parts.centroids;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const std::int32_t num_words = parts.plan.layout.row_bytes / 2;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kWarps * kTogether;
-  for (std::int64_t first = (static_cast<std::int64_t>(blockIdx.x) * kWarps + warp) * kTogether; first < parts.num_rows;
-       first += step) {
-    const std::uint16_t* words[kTogether];
+  const float* centroids = shared_centroids > 0 ? shared_floats : parts.centroids;
+  const int member = Team<kTeam>::member();
+  const std::int32_t size = row_words(parts.plan) + 1;
+  const std::int32_t num_halves = parts.plan.layout.row_bytes / 2;
+  auto* words =
+      reinterpret_cast<std::uint32_t*>(shared_floats + shared_centroids) + Team<kTeam>::number() * kTogether * size;
+  constexpr int kBlockTokens = Team<kTeam>::kTeams * kTogether;
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kBlockTokens + Team<kTeam>::number() * kTogether;
+       first < parts.num_rows; first += static_cast<std::int64_t>(gridDim.x) * kBlockTokens) {
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {
       const bool exists = first + u < parts.num_rows;
-      words[u] = row_of(parts, exists ? first + u : first);
-      if (lane == 0 && exists) {
-        parts.scales[first + u] =
-            num_words > 0 ? __half2float(__ushort_as_half(klt_scale_bits(words[u][0] & 0xffu))) : 0.0f;
+      const std::uint16_t* row = row_of(parts, exists ? first + u : first);
+      auto* halves = reinterpret_cast<std::uint16_t*>(words + u * size);
+      for (std::int32_t i = member; i < 2 * size; i += kTeam) halves[i] = i < num_halves ? row[i] : 0u;
+      if (member == 0 && exists) {
+        parts.scales[first + u] = num_halves > 0 ? __half2float(__ushort_as_half(row[0])) : 0.0f;
       }
     }
-    for (std::int32_t k = lane; k < parts.pitch; k += kWarpLanes) {
+    Team<kTeam>::sync();
+    for (std::int32_t k = member; k < parts.pitch; k += kTeam) {
       const bool is_coded = k < parts.plan.layout.coded;
       const Coefficient coefficient = is_coded ? parts.coefficients[k] : Coefficient{};
       float* values = parts.values + first * parts.pitch + k;
@@ -293,10 +309,11 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(Parts parts, std::int3
       for (int u = 0; u < kTogether; ++u) {
         if (first + u >= parts.num_rows) break;
         float value = 0.0f;
-        if (is_coded) value = centroids[coefficient.first_centroid + read_code(words[u], num_words, coefficient)];
+        if (is_coded) value = centroids[coefficient.first_centroid + read_code(words + u * size, coefficient)];
         values[u * parts.pitch] = value;
       }
     }
+    Team<kTeam>::sync();  // the next rows take the same words
   }
 }
 

@@ -1,6 +1,7 @@
 // What each coded coefficient needs on the GPU, made once per call: where its code lies in a row and in memory, its boundaries.
 #pragma once
 
+#include "core/divide_up.h"
 #include "cuda/launch.h"
 #include "formats/klt_rows/layout.h"
 #include "klt/rules.h"
@@ -21,28 +22,56 @@ struct alignas(16) Coefficient {
   std::int8_t digit_section;
   std::int8_t digit_place;  // in its group
   std::int8_t group_bits;
-  std::int32_t reserved[2];
+  std::uint32_t place_inverse;  // of base^digit_place and of the base: see inverse_of()
+  std::uint32_t base_inverse;
 };
+
+/// A piece of a row that one lane puts together: neighbouring fields of a section, or a group of digits. At most 17 bits:
+///   number = piece[first_piece] + multiplier * (piece[first_piece + 1] + multiplier * ...)
+struct alignas(8) Unit {
+  std::uint16_t first_piece;
+  std::uint16_t bit;  // of the row
+  std::uint8_t count;
+  std::uint8_t multiplier;
+  std::uint16_t reserved;
+};
+
+/// Turns division by 2 to 16807 into a product: number / divisor = floor(number * inverse / 2^31) for numbers below 2^17.
+KVPACK_HOST_DEVICE constexpr std::uint32_t inverse_of(std::uint32_t divisor) {
+  return (0x80000000u + divisor - 1u) / divisor;
+}
+
+/// Fields of a section that a unit takes.
+KVPACK_HOST_DEVICE constexpr std::int32_t unit_fields(std::int32_t section) {
+  return 16 / klt_rows::field_bits(section);
+}
 
 /// Sizes that follow from a layout.
 struct RowPlan {
   klt_rows::RowLayout layout;
   std::int32_t first_field_piece[klt_rows::kNumFieldSections];
   std::int32_t first_digit_piece[klt_rows::kNumDigitSections];
-  std::int32_t pieces;      // bytes of one token: low bits and digits
+  std::int32_t first_field_unit[klt_rows::kNumFieldSections];
+  std::int32_t first_digit_unit[klt_rows::kNumDigitSections];
+  std::int32_t pieces;  // bytes of one token: low bits and digits
+  std::int32_t units;
   std::int32_t boundaries;  // floats
   std::int32_t centroids;   // floats
 };
 
 inline RowPlan plan_rows(const klt_rows::RowLayout& layout) {
-  RowPlan plan{layout, {}, {}, 0, 0, 0};
+  RowPlan plan{layout, {}, {}, {}, {}, 0, 0, 0, 0};
   for (std::int32_t s = 0; s < klt_rows::kNumFieldSections; ++s) {
     plan.first_field_piece[s] = plan.pieces;
     plan.pieces += layout.num_fields[s];
+    plan.first_field_unit[s] = plan.units;
+    plan.units += static_cast<std::int32_t>(divide_up(layout.num_fields[s], unit_fields(s)));
   }
   for (std::int32_t s = 0; s < klt_rows::kNumDigitSections; ++s) {
     plan.first_digit_piece[s] = plan.pieces;
     plan.pieces += layout.num_digits[s];
+    plan.first_digit_unit[s] = plan.units;
+    plan.units += static_cast<std::int32_t>(divide_up(layout.num_digits[s], klt_rows::group_digits(s)));
   }
   for (std::int32_t i = 0; i < kNumKltLevels; ++i) {
     plan.boundaries += layout.counts[i] * (kKltLevels[i] - 1);
@@ -53,7 +82,7 @@ inline RowPlan plan_rows(const klt_rows::RowLayout& layout) {
 
 namespace rows {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpLanes;
 
 /// Numbers of levels as constants of the device.
@@ -62,16 +91,43 @@ __device__ inline std::int32_t levels_of(std::int32_t index) {
   return kLevels[index];
 }
 
-/// Describes the coded coefficients and computes their boundaries.
+/// Unit `index` of a row.
+__device__ inline Unit describe_unit(const RowPlan& plan, std::int32_t index) {
+  Unit unit{};
+  const auto set = [&](std::int32_t piece, std::int32_t bit, std::int32_t count, std::int32_t multiplier) {
+    unit.first_piece = static_cast<std::uint16_t>(piece);
+    unit.bit = static_cast<std::uint16_t>(bit);
+    unit.count = static_cast<std::uint8_t>(count);
+    unit.multiplier = static_cast<std::uint8_t>(multiplier);
+  };
+  for (std::int32_t s = 0; s < klt_rows::kNumFieldSections; ++s) {
+    const std::int32_t first = (index - plan.first_field_unit[s]) * unit_fields(s);
+    if (first < 0 || first >= plan.layout.num_fields[s]) continue;
+    set(plan.first_field_piece[s] + first, plan.layout.first_field_bit[s] + first * klt_rows::field_bits(s),
+        min(unit_fields(s), plan.layout.num_fields[s] - first), 1 << klt_rows::field_bits(s));
+  }
+  for (std::int32_t s = 0; s < klt_rows::kNumDigitSections; ++s) {
+    const std::int32_t full = klt_rows::group_digits(s);
+    const std::int32_t group = index - plan.first_digit_unit[s];
+    if (group < 0 || group * full >= plan.layout.num_digits[s]) continue;
+    set(plan.first_digit_piece[s] + group * full,
+        plan.layout.first_digit_bit[s] + group * klt_rows::group_bits(s, full),
+        min(full, plan.layout.num_digits[s] - group * full), klt_rows::digit_base(s));
+  }
+  return unit;
+}
+
+/// Describes the coded coefficients and the units of a row, and computes boundaries.
 ///
-/// Launch  a thread per coefficient, any number of blocks of kThreads
+/// Launch  a thread per coefficient and per unit, any number of blocks of kThreads
 /// Work    walks the classes of the layout up to its coefficient's
 /// Reads   centroids once
-/// Writes  coefficients, boundaries once
+/// Writes  coefficients, units, boundaries once
 /// Needs   nothing
 __global__ void __launch_bounds__(kThreads)
-    describe_kernel(RowPlan plan, const float* centroids, Coefficient* coefficients, float* boundaries) {
+    describe_kernel(RowPlan plan, const float* centroids, Coefficient* coefficients, Unit* units, float* boundaries) {
   const auto k = static_cast<std::int32_t>(blockIdx.x * kThreads + threadIdx.x);
+  if (k < plan.units) units[k] = describe_unit(plan, k);
   if (k >= plan.layout.coded) return;
   std::int32_t fields[klt_rows::kNumFieldSections] = {};
   std::int32_t digits[klt_rows::kNumDigitSections] = {};
@@ -105,6 +161,10 @@ __global__ void __launch_bounds__(kThreads)
         result.digit_section = static_cast<std::int8_t>(s);
         result.digit_piece = static_cast<std::int16_t>(plan.first_digit_piece[s] + digit);
         result.digit_place = static_cast<std::int8_t>(digit % full);
+        std::uint32_t power = 1;
+        for (std::int32_t i = 0; i < digit % full; ++i) power *= static_cast<std::uint32_t>(klt_rows::digit_base(s));
+        result.place_inverse = inverse_of(power);
+        result.base_inverse = inverse_of(static_cast<std::uint32_t>(klt_rows::digit_base(s)));
         result.digit_bit =
             static_cast<std::int16_t>(plan.layout.first_digit_bit[s] + group * klt_rows::group_bits(s, full));
         result.group_bits =
