@@ -37,14 +37,17 @@ Arithmetic available(Arithmetic wanted) {
 /// A matrix on the right side of products, in the form that the arithmetic wants.
 class Factors {
  public:
-  Factors(Arithmetic arithmetic, const float* matrix, std::int32_t depth, std::int32_t columns, cudaStream_t stream)
-      : arithmetic_(arithmetic),
-        matrix_(matrix),
-        depth_(depth),
-        columns_(columns),
-        split_(matrix, arithmetic == Arithmetic::kMma ? depth : 0, columns, stream),
-        blocks_(matrix, arithmetic == Arithmetic::kWgmma ? depth : 0, columns, stream),
-        stream_(stream) {}
+  /// Temporary memory that it needs.
+  static std::int64_t bytes(Arithmetic arithmetic, std::int32_t depth, std::int32_t columns) {
+    if (arithmetic == Arithmetic::kChains) return 0;
+    return arithmetic == Arithmetic::kMma ? tensor::split_bytes(depth, columns) : wgmma::split_bytes(depth, columns);
+  }
+  Factors(Arithmetic arithmetic, const float* matrix, std::int32_t depth, std::int32_t columns, unsigned char* memory,
+          cudaStream_t stream)
+      : arithmetic_(arithmetic), matrix_(matrix), depth_(depth), columns_(columns), stream_(stream) {
+    if (arithmetic == Arithmetic::kMma) split_ = tensor::launch_split(matrix, depth, columns, memory, stream);
+    if (arithmetic == Arithmetic::kWgmma) blocks_ = wgmma::launch_split(matrix, depth, columns, memory, stream);
+  }
   /// `inputs`: that a row has in memory; those behind the depth are zeros.
   template <typename T, typename Store>
   void multiply(const ProductRows<T>& lhs, std::int32_t inputs, const Store& store) const {
@@ -52,9 +55,9 @@ class Factors {
       case Arithmetic::kChains:
         return launch_chain_product<T>(lhs, matrix_, depth_, columns_, store, stream_);
       case Arithmetic::kMma:
-        return launch_tensor_product<T>(lhs, split_.view(), depth_, columns_, store, stream_);
+        return launch_tensor_product<T>(lhs, split_, depth_, columns_, store, stream_);
       case Arithmetic::kWgmma:
-        return launch_wgmma_product<T>(lhs, blocks_.view(), depth_, inputs, columns_, store, stream_);
+        return launch_wgmma_product<T>(lhs, blocks_, depth_, inputs, columns_, store, stream_);
     }
   }
 
@@ -63,8 +66,8 @@ class Factors {
   const float* matrix_;
   std::int32_t depth_;
   std::int32_t columns_;
-  SplitMatrixMemory split_;
-  SplitBlocksMemory blocks_;
+  tensor::SplitMatrix split_{};
+  wgmma::SplitBlocks blocks_{};
   cudaStream_t stream_;
 };
 
@@ -109,37 +112,63 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-/// What a call needs besides its tensors: descriptions of the coefficients, and one chunk's numbers.
+/// Pieces of one allocation: each allocation of a captured graph costs about a microsecond of its replay.
+class Reservation {
+ public:
+  /// Bytes from the allocation's start to a new piece, for any type.
+  template <typename T>
+  std::int64_t take(std::int64_t count) {
+    const std::int64_t first = bytes_;
+    bytes_ = round_up(first + count * static_cast<std::int64_t>(sizeof(T)), 256);
+    return first;
+  }
+  [[nodiscard]] std::int64_t bytes() const { return std::max<std::int64_t>(bytes_, 1); }
+
+ private:
+  std::int64_t bytes_ = 0;
+};
+
+/// What a call needs besides its tensors: descriptions of the coefficients, one chunk's numbers, and what its products need.
 class Workplace {
  public:
-  Workplace(const KltData& table, std::int64_t total_rows, cudaStream_t stream)
+  /// Bytes that products need, and channels of a token in float32 before its rotation.
+  struct Needs {
+    std::int64_t analysis = 0;
+    std::int64_t synthesis = 0;
+    std::int32_t dense_channels = 0;
+  };
+  Workplace(const KltData& table, std::int64_t total_rows, const Needs& needs, cudaStream_t stream)
       : plan_(plan_rows(table.layout)),
         pitch_(round_up(std::max(table.coefficients, 1), 32)),
         chunk_(std::min(std::max<std::int64_t>(total_rows, 1), kChunkRows)),
-        coefficients_(std::max(plan_.layout.coded, 1), stream),
-        units_(std::max(plan_.units, 1), stream),
-        boundaries_(std::max(plan_.boundaries, 1), stream),
-        values_(chunk_ * pitch_, stream),
-        scales_(chunk_, stream) {
+        coefficients_(reserved_.take<Coefficient>(plan_.layout.coded)),
+        units_(reserved_.take<Unit>(plan_.units)),
+        boundaries_(reserved_.take<float>(plan_.boundaries)),
+        values_(reserved_.take<float>(chunk_ * pitch_)),
+        scales_(reserved_.take<float>(chunk_)),
+        dense_(reserved_.take<float>(chunk_ * needs.dense_channels)),
+        analysis_(reserved_.take<unsigned char>(needs.analysis)),
+        synthesis_(reserved_.take<unsigned char>(needs.synthesis)),
+        memory_(reserved_.bytes(), stream) {
     keep_temporary_memory();  // decoding synchronises after every token
     if (plan_.layout.coded == 0) return;
     const auto blocks = static_cast<int>(divide_up(std::max(plan_.layout.coded, plan_.units), rows::kThreads));
-    rows::describe_kernel<<<blocks, rows::kThreads, 0, stream>>>(plan_, table.centroids, coefficients_.data(),
-                                                                 units_.data(), boundaries_.data());
+    rows::describe_kernel<<<blocks, rows::kThreads, 0, stream>>>(plan_, table.centroids, at<Coefficient>(coefficients_),
+                                                                 at<Unit>(units_), at<float>(boundaries_));
     check_cuda(cudaGetLastError(), "launch the description of coefficients");
   }
   [[nodiscard]] rows::Parts parts(const KltData& table, const KltRowsData& bytes, std::int64_t tokens,
                                   std::int64_t first_row, std::int64_t num_rows) const {
     return {plan_,
-            coefficients_.data(),
-            units_.data(),
-            boundaries_.data(),
+            at<Coefficient>(coefficients_),
+            at<Unit>(units_),
+            at<float>(boundaries_),
             table.centroids,
             table.in_scale,
             table.coefficients,
-            values_.data(),
+            at<float>(values_),
             pitch_,
-            scales_.data(),
+            at<float>(scales_),
             bytes,
             tokens,
             first_row,
@@ -147,22 +176,36 @@ class Workplace {
   }
   [[nodiscard]] std::int64_t chunk() const { return chunk_; }
   [[nodiscard]] std::int32_t pitch() const { return static_cast<std::int32_t>(pitch_); }
-  [[nodiscard]] StoreSums sums() const { return {values_.data(), pitch_}; }
-  [[nodiscard]] const float* scales() const { return scales_.data(); }
+  [[nodiscard]] StoreSums sums() const { return {at<float>(values_), pitch_}; }
+  [[nodiscard]] unsigned char* analysis() const { return at<unsigned char>(analysis_); }
+  [[nodiscard]] unsigned char* synthesis() const { return at<unsigned char>(synthesis_); }
+  [[nodiscard]] float* dense() const { return at<float>(dense_); }
+  [[nodiscard]] const float* scales() const { return at<float>(scales_); }
   /// The chunk's centroids as rows of a product.
   [[nodiscard]] ProductRows<float> values(std::int64_t rows) const {
-    return {{values_.data(), DType::kFloat32, 0, pitch_, 1}, {0, std::max<std::int64_t>(rows, 1), 0, rows}, nullptr};
+    return {
+        {at<float>(values_), DType::kFloat32, 0, pitch_, 1}, {0, std::max<std::int64_t>(rows, 1), 0, rows}, nullptr};
   }
 
  private:
+  template <typename T>
+  [[nodiscard]] T* at(std::int64_t place) const {
+    return reinterpret_cast<T*>(memory_.data() + place);
+  }
+
   RowPlan plan_;
   std::int64_t pitch_;
   std::int64_t chunk_;
-  DeviceBuffer<Coefficient> coefficients_;
-  DeviceBuffer<Unit> units_;
-  DeviceBuffer<float> boundaries_;
-  DeviceBuffer<float> values_;
-  DeviceBuffer<float> scales_;
+  Reservation reserved_;
+  std::int64_t coefficients_;  // places in memory_, as all up to it
+  std::int64_t units_;
+  std::int64_t boundaries_;
+  std::int64_t values_;
+  std::int64_t scales_;
+  std::int64_t dense_;
+  std::int64_t analysis_;
+  std::int64_t synthesis_;
+  DeviceBuffer<unsigned char> memory_;
 };
 
 /// How threads of the codec share tokens out: with many tokens a warp takes several, for which coefficients and boundaries are
@@ -260,7 +303,7 @@ void analyse(const KltMatrix& x, const TokenSpan& span, const KltData& table, co
 
 /// Centroids and scales in the workplace into tokens.
 void synthesise(const KltData& table, const Factors& synthesis, const Workplace& place, const KltRopeData& rope,
-                const KltMatrix& out, const TokenSpan& span, float* dense, cudaStream_t stream) {
+                const KltMatrix& out, const TokenSpan& span, cudaStream_t stream) {
   const ProductRows<float> values = place.values(span.rows);
   const std::int32_t inputs = place.pitch();
   with_float_type(out.dtype, [&]<typename T>() {
@@ -268,9 +311,9 @@ void synthesise(const KltData& table, const Factors& synthesis, const Workplace&
       synthesis.multiply(values, inputs, StoreTokens<T>{out, span, place.scales(), table.mean});
       return;
     }
-    synthesis.multiply(values, inputs, StoreScaled{dense, table.channels, place.scales(), table.mean});
+    synthesis.multiply(values, inputs, StoreScaled{place.dense(), table.channels, place.scales(), table.mean});
     const int blocks = grid_blocks(divide_up(span.rows * table.channels, 256));
-    rotate_kernel<T><<<blocks, 256, 0, stream>>>(dense, rope, out, span, table.channels);
+    rotate_kernel<T><<<blocks, 256, 0, stream>>>(place.dense(), rope, out, span, table.channels);
     check_cuda(cudaGetLastError(), "launch the rotation of keys");
   });
 }
@@ -281,8 +324,9 @@ void compress(const CompressKltProblem& problem, Arithmetic wanted) {
   require_even(problem.rows);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const KltData& table = problem.table;
-  const Workplace place(table, problem.sequences * problem.tokens, stream);
-  const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, stream);
+  const Workplace place(table, problem.sequences * problem.tokens,
+                        {.analysis = Factors::bytes(arithmetic, table.channels, table.coefficients)}, stream);
+  const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, place.analysis(), stream);
   for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
     analyse(problem.x, span, table, analysis, place);
     launch_pack(place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), stream);
@@ -295,12 +339,14 @@ void unpack(const UnpackKltProblem& problem, Arithmetic wanted) {
   require_even(problem.rows);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const KltData& table = problem.table;
-  const Workplace place(table, problem.sequences * problem.tokens, stream);
-  const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, stream);
-  const DeviceBuffer<float> dense(problem.rope.width > 0 ? place.chunk() * table.channels : 1, stream);
+  const Workplace place(table, problem.sequences * problem.tokens,
+                        {.synthesis = Factors::bytes(arithmetic, table.layout.coded, table.channels),
+                         .dense_channels = problem.rope.width > 0 ? table.channels : 0},
+                        stream);
+  const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, place.synthesis(), stream);
   for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
     launch_expand(place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), stream);
-    synthesise(table, synthesis, place, problem.rope, problem.out, span, dense.data(), stream);
+    synthesise(table, synthesis, place, problem.rope, problem.out, span, stream);
   });
 }
 
@@ -320,13 +366,16 @@ void simulate(const SimulateKltProblem& problem, Arithmetic wanted) {
     });
   }
   if (tokens == 0) return;
-  const Workplace place(table, problem.sequences * tokens, stream);
-  const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, stream);
-  const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, stream);
+  const Workplace place(table, problem.sequences * tokens,
+                        {.analysis = Factors::bytes(arithmetic, table.channels, table.coefficients),
+                         .synthesis = Factors::bytes(arithmetic, table.layout.coded, table.channels)},
+                        stream);
+  const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, place.analysis(), stream);
+  const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, place.synthesis(), stream);
   for_each_chunk(problem.sequences, first, tokens, place.chunk(), [&](const TokenSpan& span) {
     analyse(problem.x, span, table, analysis, place);
     launch_quantize(place.parts(table, {}, tokens, span.first_row, span.rows), stream);
-    synthesise(table, synthesis, place, {}, problem.out, span, nullptr, stream);
+    synthesise(table, synthesis, place, {}, problem.out, span, stream);
   });
 }
 

@@ -10,7 +10,6 @@
 
 #include "core/divide_up.h"
 #include "cuda/async_copy.cuh"
-#include "cuda/buffer.h"
 #include "cuda/check.h"
 #include "cuda/launch.h"
 #include "cuda/mma.cuh"
@@ -259,29 +258,25 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+/// Memory of a split matrix.
+inline std::int64_t split_bytes(std::int32_t depth, std::int32_t columns) {
+  return 4 * round_up(depth, kDepth) * round_up(columns, kTile);
+}
+
+/// Splits a matrix into `memory` of split_bytes(), at a multiple of 16.
+inline SplitMatrix launch_split(const float* matrix, std::int32_t depth, std::int32_t columns, unsigned char* memory,
+                                cudaStream_t stream) {
+  const std::int64_t padded_depth = round_up(depth, kDepth);
+  auto* high = reinterpret_cast<__nv_bfloat16*>(memory);
+  __nv_bfloat16* low = high + round_up(columns, kTile) * padded_depth;
+  if (low == high) return {high, low, padded_depth};
+  const dim3 blocks(static_cast<unsigned>(round_up(columns, kTile) / 32), static_cast<unsigned>(padded_depth / 32));
+  split_matrix_kernel<<<blocks, dim3(32, 8), 0, stream>>>(matrix, depth, columns, padded_depth, high, low);
+  check_cuda(cudaGetLastError(), "launch the splitting of a matrix");
+  return {high, low, padded_depth};
+}
+
 }  // namespace tensor
-
-/// A matrix split for tensor cores, in temporary memory that lives as long as the object.
-class SplitMatrixMemory {
- public:
-  SplitMatrixMemory(const float* matrix, std::int32_t depth, std::int32_t columns, cudaStream_t stream)
-      : padded_depth_(round_up(depth, tensor::kDepth)),
-        elements_(round_up(columns, tensor::kTile) * padded_depth_),
-        memory_(std::max<std::int64_t>(2 * elements_, 1), stream) {
-    if (elements_ == 0) return;
-    const dim3 blocks(static_cast<unsigned>(round_up(columns, tensor::kTile) / 32),
-                      static_cast<unsigned>(padded_depth_ / 32));
-    tensor::split_matrix_kernel<<<blocks, dim3(32, 8), 0, stream>>>(matrix, depth, columns, padded_depth_,
-                                                                    memory_.data(), memory_.data() + elements_);
-    check_cuda(cudaGetLastError(), "launch the splitting of a matrix");
-  }
-  [[nodiscard]] tensor::SplitMatrix view() const { return {memory_.data(), memory_.data() + elements_, padded_depth_}; }
-
- private:
-  std::int64_t padded_depth_;
-  std::int64_t elements_;
-  DeviceBuffer<__nv_bfloat16> memory_;
-};
 
 /// Launches the product; nothing for no rows or no columns.
 template <typename T, typename Store>

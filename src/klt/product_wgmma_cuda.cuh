@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "core/divide_up.h"
-#include "cuda/buffer.h"
 #include "cuda/bulk_copy.cuh"
 #include "cuda/check.h"
 #include "cuda/device.h"

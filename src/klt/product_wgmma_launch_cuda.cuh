@@ -7,33 +7,29 @@
 
 namespace kvpack::cuda {
 
-/// A matrix split for wgmma, in temporary memory that lives as long as the object.
-class SplitBlocksMemory {
- public:
-  SplitBlocksMemory(const float* matrix, std::int32_t depth, std::int32_t columns, cudaStream_t stream)
-      : steps_(divide_up(depth, wgmma::kDepth)),
-        step_bytes_(padded_columns(columns) * 128),
-        memory_(std::max<std::int64_t>(2 * steps_ * step_bytes_, 1), stream) {
-    if (steps_ * columns == 0) return;
-    const dim3 blocks(static_cast<unsigned>(padded_columns(columns) / 32), static_cast<unsigned>(steps_));
-    wgmma::split_blocks_kernel<<<blocks, dim3(32, 4), 0, stream>>>(matrix, depth, columns, step_bytes_, memory_.data(),
-                                                                   memory_.data() + steps_ * step_bytes_);
-    check_cuda(cudaGetLastError(), "launch the splitting of a matrix");
-  }
-  [[nodiscard]] wgmma::SplitBlocks view() const {
-    return {memory_.data(), memory_.data() + steps_ * step_bytes_, step_bytes_};
-  }
-
- private:
-  /// Whatever tiles are chosen, the last of them ends inside.
-  static std::int64_t padded_columns(std::int32_t columns) { return round_up(columns, 32) + 256; }
-
-  std::int64_t steps_;
-  std::int64_t step_bytes_;
-  DeviceBuffer<unsigned char> memory_;
-};
-
 namespace wgmma {
+
+/// Bytes from 64 inputs of a split matrix to the next 64. Whatever tiles are chosen, the last of them ends inside.
+inline std::int64_t split_step_bytes(std::int32_t columns) { return (round_up(columns, 32) + 256) * 128; }
+
+/// Memory of a split matrix.
+inline std::int64_t split_bytes(std::int32_t depth, std::int32_t columns) {
+  return 2 * divide_up(depth, kDepth) * split_step_bytes(columns);
+}
+
+/// Splits a matrix into `memory` of split_bytes(), at a multiple of 16.
+inline SplitBlocks launch_split(const float* matrix, std::int32_t depth, std::int32_t columns, unsigned char* memory,
+                                cudaStream_t stream) {
+  const std::int64_t steps = divide_up(depth, kDepth);
+  const std::int64_t step_bytes = split_step_bytes(columns);
+  const SplitBlocks result{memory, memory + steps * step_bytes, step_bytes};
+  if (steps * columns == 0) return result;
+  const dim3 blocks(static_cast<unsigned>(step_bytes / 128 / 32), static_cast<unsigned>(steps));
+  split_blocks_kernel<<<blocks, dim3(32, 4), 0, stream>>>(matrix, depth, columns, step_bytes, memory,
+                                                          memory + steps * step_bytes);
+  check_cuda(cudaGetLastError(), "launch the splitting of a matrix");
+  return result;
+}
 
 /// A choice of tiles and about how long a product takes with it, in columns of 128 rows.
 struct Tiles {

@@ -114,7 +114,8 @@ __device__ inline std::uint16_t* row_of(const Parts& parts, std::int64_t row) {
   return reinterpret_cast<std::uint16_t*>(bytes);
 }
 
-/// Scales of several tokens and their inverses, the same in all lanes; every warp finds them for itself. Tokens beyond the last one get 0.
+/// Scales of several tokens and their inverses, the same in all lanes; every warp finds them for itself. Tokens beyond the last
+/// one get 0.
 template <int kTogether>
 struct TokenScales {
   __half scales[kTogether];
