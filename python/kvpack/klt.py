@@ -185,7 +185,7 @@ def unpack_klt(
     if tuple(out.shape) != rows.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}; expected {rows.shape}")
     protected = rows.protected_tokens
-    out[..., :protected, :] = _rotated_exact(rows, rope, head_dim) if rope is not None else rows.exact
+    out[..., :protected, :] = _rotated_exact(rows, rope, head_dim) if rope is not None and protected > 0 else rows.exact
     cos, sin = (None, None) if rope is None else (as_contiguous(part[protected:]) for part in rope)
     views = _native.optional_view(cos, "cos"), _native.optional_view(sin, "sin")
     stream = _native.stream_of(out)

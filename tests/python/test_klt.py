@@ -87,12 +87,13 @@ def test_strided_and_sliced_tensors_are_read_where_they_lie(implementation):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("protected", [0, 2])
 @pytest.mark.parametrize("width", [16, 8])
-def test_keys_are_rotated_as_models_do(implementation, width):
+def test_keys_are_rotated_as_models_do(implementation, width, protected):
     tables, x = make_tables(((32, LEVELS), (32, LEVELS)), seed=5), make_x((2, 9, 64))
     angles = make_x((9, width // 2), seed=2).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
-    rows = compress_klt(x, tables, protected_tokens=2)
+    rows = compress_klt(x, tables, protected_tokens=protected)
     plain = unpack_klt(rows, tables).reshape(2, 9, 4, 16)
     turned, rest = plain[..., :width], plain[..., width:]
     halves = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), -1)
