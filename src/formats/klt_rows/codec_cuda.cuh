@@ -298,7 +298,8 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(Parts parts, std::int3
       auto* halves = reinterpret_cast<std::uint16_t*>(words + u * size);
       for (std::int32_t i = member; i < 2 * size; i += kTeam) halves[i] = i < num_halves ? row[i] : 0u;
       if (member == 0 && exists) {
-        parts.scales[first + u] = num_halves > 0 ? __half2float(__ushort_as_half(row[0])) : 0.0f;
+        parts.scales[first + u] =
+            num_halves > 0 ? __half2float(__ushort_as_half(klt_scale_bits(row[0] & 0xffu))) : 0.0f;
       }
     }
     Team<kTeam>::sync();
