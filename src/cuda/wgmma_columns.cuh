@@ -3,7 +3,7 @@
 //   D[64 x kColumns] += A[64 x 16] * B[16 x kColumns]; A and D lie in registers as in wgmma.cuh. B lies in shared memory, column
 //   n by column, 64 rows in 128 bytes, so that a tile serves four products:
 //     number (k, n) at 128*n + 16*((k / 8) ^ (n % 8)) + 2*(k % 8), the tile at a multiple of 1024
-//   The descriptor is that of wgmma_tile(): 8 columns further lie 1024 bytes further. Rows 16*j .. begin 32*j bytes behind.
+//   Rows 16*j .. begin 32*j bytes behind the tile.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +26,13 @@ namespace kvpack::cuda {
 #define KVPACK_NAMES_6 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define KVPACK_NAMES_7 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-#define KVPACK_WGMMA(columns, names, a0, a1, a2, a3, b, p, ...)                                                       \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                                                  \
-               ", 0;\n"                                                                                               \
-               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" names "}, {" a0 "," a1 "," a2 "," a3 \
-               "}, " b ", p, 1, 1, 0;\n}\n"                                                                           \
-               : __VA_ARGS__                                                                                          \
+// The names of the text's operands; none of a, b, d and adds is a parameter, which stand for what wgmma_columns() has.
+#define KVPACK_WGMMA(columns, names, a_0, a_1, a_2, a_3, at_b, at_p, ...)                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " at_p                                                           \
+               ", 0;\n"                                                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" names "}, {" a_0 "," a_1 "," a_2 \
+               "," a_3 "}, " at_b ", p, 1, 1, 0;\n}\n"                                                            \
+               : __VA_ARGS__                                                                                      \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds))
 
 /// Begins D (+)= A * B; without `adds` D is written, not added to. kColumns is 32, 192, 240 or 256.
@@ -76,6 +77,22 @@ template <int kRegisters>
 __device__ inline void take_registers() {
 #if KVPACK_HAS_WGMMA
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+/// What the tensor cores want to know of a B tile at a shared address: 16-byte units; 8 columns further lie 1024 bytes further;
+/// 128-byte swizzle. The other stride is never used.
+__device__ inline std::uint64_t wgmma_columns_tile(std::uint32_t address) {
+  constexpr std::uint64_t kEightColumns = 1024 / 16;
+  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
+  return kSwizzle128 | kEightColumns << 32 | kEightColumns << 16 | (address & 0x3ffffu) >> 4;
+}
+
+/// Waits for all products that this warpgroup began.
+__device__ inline void wgmma_columns_end() {
+#if KVPACK_HAS_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #endif
 }
 

@@ -242,7 +242,7 @@ template <int kColumns>
 __device__ inline void multiply_step(float (&sums)[kColumns / 8][4], const std::uint32_t (&high)[kQuads][4],
                                      const std::uint32_t (&low)[kQuads][4], std::uint32_t stage, std::int32_t rest,
                                      int adds) {
-  const std::uint64_t high_tile = wgmma_tile(stage);
+  const std::uint64_t high_tile = wgmma_columns_tile(stage);
   const std::uint64_t low_tile = wgmma_tile_behind(high_tile, Stages<kColumns>::kSideBytes);
   if (rest > kDepth - 16) {
     wgmma_begin();
@@ -251,7 +251,7 @@ __device__ inline void multiply_step(float (&sums)[kColumns / 8][4], const std::
       multiply_quad<kColumns>(sums, high[j], low[j], wgmma_tile_behind(high_tile, 32 * j),
                               wgmma_tile_behind(low_tile, 32 * j), adds || j > 0);
     }
-    wgmma_end();
+    wgmma_columns_end();
   } else {
 #pragma unroll
     for (int j = 0; j < kQuads - 1; ++j) {  // the end of the depth; the compiler wants whole groups in a branch
@@ -259,7 +259,7 @@ __device__ inline void multiply_step(float (&sums)[kColumns / 8][4], const std::
       wgmma_begin();
       multiply_quad<kColumns>(sums, high[j], low[j], wgmma_tile_behind(high_tile, 32 * j),
                               wgmma_tile_behind(low_tile, 32 * j), adds || j > 0);
-      wgmma_end();
+      wgmma_columns_end();
     }
   }
   hold_sums(sums);
