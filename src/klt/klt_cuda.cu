@@ -11,7 +11,7 @@
 #include "cuda/check.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
-#include "formats/klt_rows/codec_cuda.cuh"
+#include "formats/klt_rows/codec_launch_cuda.cuh"
 #include "klt/implementations.h"
 #include "klt/product_chain_cuda.cuh"
 #include "klt/product_tensor_cuda.cuh"
@@ -25,6 +25,7 @@ namespace {
 constexpr std::int64_t kChunkRows = 32768;
 
 enum class Arithmetic : std::int32_t { kChains, kMma, kWgmma };
+constexpr Arithmetic kFastest = Arithmetic::kWgmma;  // what the implementation "cuda" takes
 
 /// wgmma exists on Hopper, where the library holds code for it; elsewhere mma.sync takes its place.
 Arithmetic available(Arithmetic wanted) {
@@ -208,74 +209,6 @@ class Workplace {
   DeviceBuffer<unsigned char> memory_;
 };
 
-/// How threads of the codec share tokens out: with many tokens a warp takes several, for which coefficients and boundaries are
-/// read once; with few a block takes one.
-enum class Sharing : std::int32_t { kSeveralAWarp, kOneAWarp, kOneABlock };
-constexpr int kTogether = 4;
-
-/// `token_bytes` of shared memory for a token beside those for all: of the 48 KB that need no permission.
-Sharing choose_sharing(std::int64_t num_rows, std::int64_t token_bytes, std::int64_t all_bytes) {
-  constexpr std::int64_t kMostBytes = 48 << 10;
-  constexpr std::int64_t kManyRows = 12288;  // enough warps of kTogether for all multiprocessors of the largest GPUs
-  constexpr std::int64_t kFewRows = 264;
-  if (num_rows <= kFewRows || rows::kWarps * token_bytes + all_bytes > kMostBytes) return Sharing::kOneABlock;
-  const bool fits = rows::kWarps * kTogether * token_bytes + all_bytes <= kMostBytes;
-  return num_rows >= kManyRows && fits ? Sharing::kSeveralAWarp : Sharing::kOneAWarp;
-}
-
-/// Calls launch<tokens of a team, threads of a team>(blocks, tokens of a block).
-template <typename Launch>
-void with_sharing(Sharing sharing, std::int64_t num_rows, std::int64_t most_blocks, Launch&& launch) {
-  const auto call = [&]<int kTokens, int kTeam>() {
-    constexpr int kBlockTokens = rows::Team<kTeam>::kTeams * kTokens;
-    const auto blocks =
-        static_cast<int>(std::min<std::int64_t>(grid_blocks(divide_up(num_rows, kBlockTokens)), most_blocks));
-    launch.template operator()<kTokens, kTeam>(blocks, kBlockTokens);
-    check_cuda(cudaGetLastError(), "launch the codec of transform-coded rows");
-  };
-  switch (sharing) {
-    case Sharing::kSeveralAWarp:
-      return call.template operator()<kTogether, kWarpLanes>();
-    case Sharing::kOneAWarp:
-      return call.template operator()<1, kWarpLanes>();
-    case Sharing::kOneABlock:
-      return call.template operator()<1, rows::kThreads>();
-  }
-}
-
-constexpr std::int64_t kAnyBlocks = std::int64_t{1} << 30;
-
-void launch_pack(const rows::Parts& parts, cudaStream_t stream) {
-  const std::int32_t token_bytes = rows::packing_bytes(parts.plan);
-  with_sharing(choose_sharing(parts.num_rows, token_bytes, 0), parts.num_rows, kAnyBlocks,
-               [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
-                 rows::pack_kernel<kTokens, kTeam>
-                     <<<blocks, rows::kThreads, block_tokens * token_bytes, stream>>>(parts);
-               });
-}
-
-void launch_quantize(const rows::Parts& parts, cudaStream_t stream) {
-  with_sharing(choose_sharing(parts.num_rows, 0, 0), parts.num_rows, kAnyBlocks,
-               [&]<int kTokens, int kTeam>(int blocks, int) {
-                 rows::quantize_kernel<kTokens, kTeam><<<blocks, rows::kThreads, 0, stream>>>(parts);
-               });
-}
-
-void launch_expand(const rows::Parts& parts, cudaStream_t stream) {
-  constexpr std::int32_t kMostSharedCentroids = 8192;  // 32 KB: several blocks still fit on a multiprocessor
-  // A block fills its shared memory once, so few blocks with many rows each are enough.
-  constexpr int kMostBlocks = 132 * 6;
-  const std::int32_t token_bytes = 4 * (rows::row_words(parts.plan) + 1);
-  std::int32_t shared = parts.plan.centroids <= kMostSharedCentroids ? parts.plan.centroids : 0;
-  const Sharing sharing = choose_sharing(parts.num_rows, token_bytes, 4 * shared);
-  if (sharing == Sharing::kOneABlock) shared = 0;  // most would not be used
-  with_sharing(sharing, parts.num_rows, shared > 0 ? kMostBlocks : kAnyBlocks,
-               [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
-                 const int bytes = 4 * shared + block_tokens * token_bytes;
-                 rows::expand_kernel<kTokens, kTeam><<<blocks, rows::kThreads, bytes, stream>>>(parts, shared);
-               });
-}
-
 /// Calls body(span) for each chunk of rows.
 template <typename Body>
 void for_each_chunk(std::int64_t sequences, std::int64_t first_token, std::int64_t tokens, std::int64_t chunk,
@@ -329,7 +262,7 @@ void compress(const CompressKltProblem& problem, Arithmetic wanted) {
   const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, place.analysis(), stream);
   for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
     analyse(problem.x, span, table, analysis, place);
-    launch_pack(place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), stream);
+    rows::launch_pack(place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), stream);
   });
 }
 
@@ -345,7 +278,7 @@ void unpack(const UnpackKltProblem& problem, Arithmetic wanted) {
                         stream);
   const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, place.synthesis(), stream);
   for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
-    launch_expand(place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), stream);
+    rows::launch_expand(place.parts(table, problem.rows, problem.tokens, span.first_row, span.rows), stream);
     synthesise(table, synthesis, place, problem.rope, problem.out, span, stream);
   });
 }
@@ -374,16 +307,16 @@ void simulate(const SimulateKltProblem& problem, Arithmetic wanted) {
   const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, place.synthesis(), stream);
   for_each_chunk(problem.sequences, first, tokens, place.chunk(), [&](const TokenSpan& span) {
     analyse(problem.x, span, table, analysis, place);
-    launch_quantize(place.parts(table, {}, tokens, span.first_row, span.rows), stream);
+    rows::launch_quantize(place.parts(table, {}, tokens, span.first_row, span.rows), stream);
     synthesise(table, synthesis, place, {}, problem.out, span, stream);
   });
 }
 
 }  // namespace
 
-void compress_klt(const CompressKltProblem& problem) { compress(problem, Arithmetic::kWgmma); }
-void unpack_klt(const UnpackKltProblem& problem) { unpack(problem, Arithmetic::kWgmma); }
-void simulate_klt(const SimulateKltProblem& problem) { simulate(problem, Arithmetic::kWgmma); }
+void compress_klt(const CompressKltProblem& problem) { compress(problem, kFastest); }
+void unpack_klt(const UnpackKltProblem& problem) { unpack(problem, kFastest); }
+void simulate_klt(const SimulateKltProblem& problem) { simulate(problem, kFastest); }
 
 namespace mma {
 void compress_klt(const CompressKltProblem& problem) { compress(problem, Arithmetic::kMma); }

@@ -1,0 +1,83 @@
+// Launches of codec_cuda.cuh: how many threads take a token, and how many tokens a block.
+#pragma once
+
+#include <algorithm>
+
+#include "core/divide_up.h"
+#include "cuda/check.h"
+#include "formats/klt_rows/codec_cuda.cuh"
+
+namespace kvpack::cuda {
+
+namespace rows {
+
+/// How threads of the codec share tokens out: with many tokens a warp takes several, for which coefficients and boundaries are
+/// read once; with few a block takes one.
+enum class Sharing : std::int32_t { kSeveralAWarp, kOneAWarp, kOneABlock };
+inline constexpr int kWarpTokens = 4;
+
+/// `token_bytes` of shared memory for a token beside those for all: of the 48 KB that need no permission.
+inline Sharing choose_sharing(std::int64_t num_rows, std::int64_t token_bytes, std::int64_t all_bytes) {
+  constexpr std::int64_t kMostBytes = 48 << 10;
+  constexpr std::int64_t kManyRows = 12288;  // enough warps of kWarpTokens for all multiprocessors of the largest GPUs
+  constexpr std::int64_t kFewRows = 264;
+  if (num_rows <= kFewRows || kWarps * token_bytes + all_bytes > kMostBytes) return Sharing::kOneABlock;
+  const bool fits = kWarps * kWarpTokens * token_bytes + all_bytes <= kMostBytes;
+  return num_rows >= kManyRows && fits ? Sharing::kSeveralAWarp : Sharing::kOneAWarp;
+}
+
+/// Calls launch<tokens of a team, threads of a team>(blocks, tokens of a block).
+template <typename Launch>
+void with_sharing(Sharing sharing, std::int64_t num_rows, std::int64_t most_blocks, Launch&& launch) {
+  const auto call = [&]<int kTokens, int kTeam>() {
+    constexpr int kBlockTokens = Team<kTeam>::kTeams * kTokens;
+    const auto blocks =
+        static_cast<int>(std::min<std::int64_t>(grid_blocks(divide_up(num_rows, kBlockTokens)), most_blocks));
+    launch.template operator()<kTokens, kTeam>(blocks, kBlockTokens);
+    check_cuda(cudaGetLastError(), "launch the codec of transform-coded rows");
+  };
+  switch (sharing) {
+    case Sharing::kSeveralAWarp:
+      return call.template operator()<kWarpTokens, kWarpLanes>();
+    case Sharing::kOneAWarp:
+      return call.template operator()<1, kWarpLanes>();
+    case Sharing::kOneABlock:
+      return call.template operator()<1, kThreads>();
+  }
+}
+
+inline constexpr std::int64_t kAnyBlocks = std::int64_t{1} << 30;
+
+inline void launch_pack(const Parts& parts, cudaStream_t stream) {
+  const std::int32_t token_bytes = packing_bytes(parts.plan);
+  with_sharing(choose_sharing(parts.num_rows, token_bytes, 0), parts.num_rows, kAnyBlocks,
+               [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
+                 pack_kernel<kTokens, kTeam><<<blocks, kThreads, block_tokens * token_bytes, stream>>>(parts);
+               });
+}
+
+inline void launch_quantize(const Parts& parts, cudaStream_t stream) {
+  with_sharing(choose_sharing(parts.num_rows, 0, 0), parts.num_rows, kAnyBlocks,
+               [&]<int kTokens, int kTeam>(int blocks, int) {
+                 quantize_kernel<kTokens, kTeam><<<blocks, kThreads, 0, stream>>>(parts);
+               });
+}
+
+inline void launch_expand(const Parts& parts, cudaStream_t stream) {
+  constexpr std::int32_t kMostSharedCentroids = 8192;  // 32 KB: several blocks still fit on a multiprocessor
+  // A block fills its shared memory once, so few blocks with many rows each are enough.
+  constexpr int kMostBlocks = 132 * 6;
+  const std::int32_t token_bytes = 4 * (row_words(parts.plan) + 1);
+  std::int32_t shared = parts.plan.centroids <= kMostSharedCentroids ? parts.plan.centroids : 0;
+  const Sharing sharing = choose_sharing(parts.num_rows, token_bytes, 4 * shared);
+  if (sharing == Sharing::kOneABlock) shared = 0;  // most would not be used
+  with_sharing(sharing, parts.num_rows, shared > 0 ? kMostBlocks : kAnyBlocks,
+               [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
+                 const int bytes = 4 * shared + block_tokens * token_bytes;
+                 expand_kernel<kTokens, kTeam><<<blocks, kThreads, bytes, stream>>>(parts, shared);
+               });
+}
+
+}  // namespace rows
+
+}  // namespace kvpack::cuda
