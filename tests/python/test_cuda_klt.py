@@ -13,12 +13,6 @@ from kvpack.klt import KltTable, KltTables, check_klt, compress_klt, simulate_kl
 
 pytestmark = GPU
 IMPLEMENTATIONS = ["cuda_chains", "cuda_mma", "cuda"]
-TYPES_AND_LAYOUTS = [
-    *((dtype, PLAIN) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
-    *((dtype, PADDED) for dtype in (torch.float16, torch.float32)),
-    *((dtype, STRIDED) for dtype in (torch.bfloat16, torch.float64)),
-]
-
 ALL_LEVELS = [64, 32, 20, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2]
 
 
@@ -42,6 +36,22 @@ CASES = {
 }
 
 
+# Few and many tokens of every case; the other types and layouts of small cases that take all branches of an edge.
+UNPACKED = [
+    *((name, tokens, torch.float16, PLAIN) for name in CASES for tokens in (1, 128, 300)),
+    *(
+        (name, 135, dtype, layout)
+        for name in ("below a tile", "trits", "one more than a tile", "SmolLM2")
+        for dtype, layout in (
+            *((dtype, PLAIN) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
+            *((dtype, PADDED) for dtype in (torch.float16, torch.float32)),
+            *((dtype, STRIDED) for dtype in (torch.bfloat16, torch.float64)),
+        )
+    ),
+    *((name, 5, dtype, PADDED) for name in ("large", "many pieces") for dtype in (torch.float16, torch.float32)),
+]
+
+
 @cache
 def make_tables(name: str, alignment: int = 2) -> KltTables:
     channels, levels = CASES[name]
@@ -57,9 +67,7 @@ def on_reference(function):
         ops.force_implementation("")
 
 
-@pytest.mark.parametrize(("dtype", "layout"), TYPES_AND_LAYOUTS)
-@pytest.mark.parametrize("tokens", [1, 5, 128, 300])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "tokens", "dtype", "layout"), UNPACKED)
 def test_unpacking_gives_what_simulation_gives(implementation, name, tokens, dtype, layout):
     tables = make_tables(name).to("cuda")
     source = place(fill("normal", tokens, tables.channels, dtype), layout)
