@@ -227,36 +227,6 @@ void launch_split(const VectorPlan<T>& plan, const std::uint8_t* is_open, Vector
   check_cuda(cudaGetLastError(), "launch the outlier split of simulate_uniform");
 }
 
-/// Calls body(launch) for slices of channels, few enough for the second pass to find in the cache what the first one read.
-/// In place there is one slice: nothing may be written before all of x is known to be finite.
-template <typename T, typename Body>
-void for_each_slice(const Launch<T>& launch, Body&& body) {
-  constexpr std::int64_t kSliceBytes = 32 << 20;
-  const VectorPlan<T>& plan = launch.plan;
-  const std::int64_t fitting = kSliceBytes / (plan.tokens * static_cast<std::int64_t>(sizeof(T)));
-  const std::int64_t whole_tiles = std::max<std::int64_t>(fitting / kColumnChannels<T>, 1) * kColumnChannels<T>;
-  const std::int64_t width = plan.x == plan.out ? plan.channels : whole_tiles;
-  for (std::int64_t first = 0; first < plan.channels; first += width) {
-    VectorPlan<T> slice = plan;
-    slice.x += first;
-    slice.out += first;
-    slice.channels = std::min(width, plan.channels - first);
-    slice.num_vectors = plan.num_groups * slice.channels;
-    body(Launch<T>{slice, launch.codebook, launch.findings, launch.stream});
-  }
-}
-
-/// Per-channel ranges, then the elements.
-template <typename T>
-void launch_ranged_columns(const Launch<T>& launch) {
-  DeviceBuffer<RangeKeys> ranges(launch.plan.num_vectors, launch.stream);
-  ranges.fill_bytes(0xff);
-  column_ranges_kernel<<<grid_blocks(column_tiles<kRangeTokens>(launch.plan)), kColumnThreads, 0, launch.stream>>>(
-      launch.plan, ranges.data(), launch.findings);
-  check_cuda(cudaGetLastError(), "launch the ranges of simulate_quantized");
-  launch_columns(launch, ranges.data(), nullptr);
-}
-
 /// Per-channel thresholds by the ends of vectors, then the elements.
 template <typename T>
 void launch_split_columns(const Launch<T>& launch) {
@@ -309,13 +279,18 @@ void simulate_packs(const Launch<T>& launch, const UniformProblem& problem) {
     by_channel ? launch_columns(launch, nullptr, grids.data())
                : launch_rows<RowGrids::kCalibrated>(launch, grids.data());
   } else if (has_quantiles && by_channel) {
-    for_each_slice(launch, [](const Launch<T>& slice) { launch_split_columns(slice); });
+    launch_split_columns(launch);
   } else if (has_quantiles) {
     with_row_packs(plan, [&]<int kPacks>() { launch_split_rows_of<kPacks>(launch); });
   } else if (!by_channel) {
     launch_rows_or_groups(launch);
   } else if (takes_ranges) {
-    for_each_slice(launch, [](const Launch<T>& slice) { launch_ranged_columns(slice); });
+    DeviceBuffer<RangeKeys> ranges(plan.num_vectors, launch.stream);
+    ranges.fill_bytes(0xff);
+    column_ranges_kernel<<<grid_blocks(column_tiles<kRangeTokens>(plan)), kColumnThreads, 0, launch.stream>>>(
+        plan, ranges.data(), launch.findings);
+    check_cuda(cudaGetLastError(), "launch the ranges of simulate_quantized");
+    launch_columns(launch, ranges.data(), nullptr);
   } else {
     launch_column_groups(launch);
   }
