@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints the table of docs/which-method.md from the results of benches/which_method.sh.
 
-    python tools/which_method_table.py benches/results/which_method
+    python tools/which_method_table.py benches/results/which_method --klt benches/results/klt_quality/own.TEXT.json
 
 Rows are sorted by bits and by the rise of perplexity within a budget; the interval is the paired bootstrap's 95 %.
 """
@@ -14,7 +14,13 @@ from typing import Any
 
 from kvpack.evaluate.results import load_results
 
-BUDGETS = ((float("inf"), "more than 5.5 bits"), (5.5, "4 to 5 bits"), (4.0, "3 to 4 bits"), (2.9, "2 to 3 bits"))
+BUDGETS = (
+    (float("inf"), "more than 5.5 bits"),
+    (5.5, "4 to 5 bits"),
+    (4.0, "3 to 4 bits"),
+    (2.9, "2 to 3 bits"),
+    (1.9, "below 2 bits"),
+)
 NAMES = {
     "plain": "-",
     "none": "none",
@@ -24,13 +30,20 @@ NAMES = {
 }
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Every policy's row, with the weighting of its calibration."""
-    found = []
-    for name, weighting in NAMES.items():
-        document = load_results(folder / f"{name}.json")
-        found += [row | {"weighting": weighting} for row in document["rows"] if row["policy"] != "fp16"]
-    return found
+def rows_of(folder: Path, klt: Path | None) -> list[dict[str, Any]]:
+    """Every policy's row, with the weighting of its calibration; klt's of klt_quality.py too, if on the same text."""
+    documents = [(load_results(folder / f"{name}.json"), weighting) for name, weighting in NAMES.items()]
+    if klt is not None:
+        documents.append((load_results(klt), "Fisher matrix"))
+    exact = {row["ppl"] for document, _ in documents for row in document["rows"] if row["policy"] == "fp16"}
+    if len(exact) > 1:
+        raise SystemExit(f"fp16 has the perplexities {sorted(exact)}: the files are of different text or models")
+    return [
+        row | {"weighting": weighting}
+        for document, weighting in documents
+        for row in document["rows"]
+        if row["policy"] != "fp16"
+    ]
 
 
 def three_digits(value: float) -> str:
@@ -59,7 +72,9 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    print(render(rows_of(parser.parse_args().folder)))
+    parser.add_argument("--klt", type=Path, metavar="FILE", help="JSON of klt_quality.py, same model and segments")
+    options = parser.parse_args()
+    print(render(rows_of(options.folder, options.klt)))
 
 
 if __name__ == "__main__":
