@@ -7,7 +7,7 @@ which every byte of x counts once and every byte of out once, however often an o
 
     python benches/bench_quantizers_cuda.py [--no-write] [--shares]
 
---shares keeps to what takes seconds: no checks, no torch, the shapes that issue 5 names, a short line a case.
+--shares keeps to what takes seconds: no torch, the two large shapes, a short line a case, no JSON.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def print_shares() -> None:
         out, other = torch.empty_like(x), torch.empty_like(x)
         copy = busy_on_gpu(lambda x=x, other=other: other.copy_(x))
         for name, function in cases(x, out).items():
+            check(name, function, x, out)
             busy = busy_on_gpu(lambda f=function, x=x, out=out: f(x, out))
             found.setdefault(name, []).append(f"{busy * 1e6:8.1f} us {100 * copy / busy:5.1f} %")
     print(" " * 62, *(f"{str(d).removeprefix('torch.'):>8} {s[0]:8}" for d, s in itertools.product(DTYPES, SHAPES[1:])))

@@ -25,6 +25,11 @@ def device_of(x: TensorLike) -> str:
     return "cpu" if isinstance(x, np.ndarray) else str(x.device)
 
 
+def is_on_cpu(x: TensorLike) -> bool:
+    """True for numpy's arrays and torch's tensors in the host's memory: device_of without the text."""
+    return isinstance(x, np.ndarray) or x.is_cpu
+
+
 def is_contiguous(x: TensorLike) -> bool:
     """True when the elements lie in row-major order without gaps."""
     return bool(x.flags.c_contiguous) if isinstance(x, np.ndarray) else x.is_contiguous()

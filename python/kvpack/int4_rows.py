@@ -169,5 +169,6 @@ def native_rows(rows: Int4Rows, num_rows: int, name: str) -> bytes:
 
 def _scalars_view(x: TensorLike, name: str) -> bytes:
     """[.., 1] as [rows, 1]; another last extent stays, for the C side to refuse."""
-    width = x.shape[-1]
-    return _native.matrix_view(x, math.prod(x.shape[:-1]), width, name)
+    shape = x.shape
+    rows = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
+    return _native.matrix_view(x, rows, shape[-1], name)

@@ -27,7 +27,7 @@ TENSOR_NAMES = ("mean", "analysis", "synthesis", "in_scale", "centroids")
 class KltTable:
     """How one block of channels becomes coefficients and comes back: z = (x - mean) @ analysis.
 
-    r is the rms of z over the coefficients with in_scale, as float16; a code is the centroid nearest to z / r; back
+    r is the rms of z over the coefficients with in_scale, in 8 bits; a code is the centroid nearest to z / r; back
     comes mean + r * (centroids of the codes @ synthesis). Deviations are folded in: analysis holds A / sqrt(lambda),
     synthesis sqrt(lambda) * A^-1. Coefficients stand in descending order of levels; those of 1 level only enter r.
 

@@ -11,7 +11,7 @@ from ctypes import byref, c_int64
 from typing import Any, TypeAlias
 
 from kvpack import _native
-from kvpack.arrays import TensorLike, as_contiguous, device_of, dtype_name, empty_like
+from kvpack.arrays import TensorLike, as_contiguous, dtype_name, empty_like, is_on_cpu
 from kvpack.int4_rows import (
     ENCODINGS,
     GRIDS,
@@ -251,7 +251,7 @@ class _Settings:
             ]
         )
         view = None
-        if device_of(x) != "cpu":
+        if not is_on_cpu(x):
             sides = _sides_of(x.shape[-1], *self.matrices[:2])
             sizes = (tokens, *sides, _native.DTYPES.get(dtype_name(x), -1))
             view = _native.optional_view(
@@ -264,7 +264,9 @@ class _Settings:
 def clips_of(clip_ratio: float | Sequence[float], clip: Clip | Sequence[Clip] | None) -> tuple[list[Clip], bool]:
     """The pairs of all outputs, and whether one output was asked for rather than a sequence of them."""
     if clip is None:
-        if not isinstance(clip_ratio, float) and isinstance(clip_ratio, Sequence):
+        if type(clip_ratio) is float:  # most calls; abstract classes take longer to ask
+            return [(clip_ratio, clip_ratio)], True
+        if isinstance(clip_ratio, Sequence):
             return [(float(ratio), float(ratio)) for ratio in clip_ratio], False
         return [(float(clip_ratio), float(clip_ratio))], True
     if clip_ratio != 1.0:
@@ -300,9 +302,10 @@ def _matrices(
     left: TensorLike | None, right: TensorLike | None, diagonal: TensorLike | None
 ) -> tuple[bytes, tuple[TensorLike | None, ...]]:
     """kvpack_kron_transform, and the tensors whose memory it names: copies where one is not contiguous."""
-    kept = tuple(as_contiguous(part) if hasattr(part, "shape") else part for part in (left, right, diagonal))
-    views = [
-        _native.NO_TENSOR if part is None else _native.view(part, name)
-        for part, name in zip(kept, ("left", "right", "diagonal"), strict=True)
-    ]
-    return b"".join(views), kept
+    kept, views = [], []
+    for part, name in ((left, "left"), (right, "right"), (diagonal, "diagonal")):
+        if part is not None and hasattr(part, "shape"):
+            part = as_contiguous(part)
+        kept.append(part)
+        views.append(_native.NO_TENSOR if part is None else _native.view(part, name))
+    return b"".join(views), tuple(kept)

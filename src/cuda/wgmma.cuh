@@ -27,7 +27,7 @@ __device__ inline std::uint64_t wgmma_tile(std::uint32_t address, int block_byte
          (address & 0x3ffffu) >> 4;
 }
 
-/// The tile that lies `bytes` behind another one, a multiple of 1024.
+/// The tile that lies `bytes` behind another one: a multiple of 16, of 1024 in the layout above.
 __device__ inline std::uint64_t wgmma_tile_behind(std::uint64_t tile, int bytes) {
   return tile + static_cast<std::uint64_t>(bytes / 16);
 }

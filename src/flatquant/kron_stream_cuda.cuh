@@ -303,6 +303,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) kron_stream_kernel(const _
                              group,
                              {}};
   kernel.run(exchange);
+#else
+  __trap();
 #endif
 }
 

@@ -1,4 +1,5 @@
-// Transform-coded rows on the GPU: products (product_tensor_cuda.cuh, or product_chain_cuda.cuh with the CPU's bits), and
+// Transform-coded rows on the GPU: products (product_wgmma_cuda.cuh on Hopper, product_tensor_cuda.cuh, or
+// product_chain_cuda.cuh with the CPU's bits), and
 // between them the codec of the rows. Tokens go through in chunks, so that temporary memory stays bounded.
 //
 //   compress   x -> product -> z [chunk, coefficients] -> pack_kernel -> rows

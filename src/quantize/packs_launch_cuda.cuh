@@ -1,5 +1,5 @@
-// Which of the fast kernels (rows_cuda.cuh, columns_cuda.cuh, and the two that split outliers off) a sequence takes, if any,
-// and their launches.
+// Which of the fast kernels (rows, row_groups, columns, and split_rows and split_columns for outliers) a sequence takes, if
+// any, and their launches.
 #pragma once
 
 #include <algorithm>

@@ -122,11 +122,19 @@ def test_the_scale_is_that_of_the_native_rule() -> None:
     assert in_scale(variances.numpy()).tolist() == [True, True, True, True, False, False]
     units, squares = scale_rows(y, variances)
     r = (y / variances.sqrt())[:, :4].square().mean(dim=1).sqrt()
-    r = round_scale(r)
+    grid = torch.tensor([(1 + i / 8) * 2.0**e for e in range(-14, 16) for i in range(8)], dtype=torch.float64)
+    r = grid[(r[:, None] - grid).abs().argmin(dim=1)]
     torch.testing.assert_close(squares, r.square())
     torch.testing.assert_close(units * r[:, None], y / variances.sqrt())
     units, _ = scale_rows(torch.zeros(2, 6, dtype=torch.float64), variances)
     assert (units == 0).all()
+
+
+def test_a_scale_is_rounded_as_rows_keep_it() -> None:
+    rms = torch.tensor([0.0, 1e-6, 2.0**-17, 1.0, 1.0625, 1.1875, 1.2, 60000.0, 65504.0, 1e9], dtype=torch.float64)
+    # 1.0625 and 1.1875 lie between two: the one whose last bit is 0.
+    expected = torch.tensor([0.0, 0.0, 2.0**-17, 1.0, 1.0, 1.25, 1.25, 61440.0, 61440.0, 61440.0], dtype=torch.float64)
+    torch.testing.assert_close(round_scale(rms), expected, rtol=0, atol=0)
 
 
 def test_full_shrinkage_keeps_the_diagonal_alone() -> None:

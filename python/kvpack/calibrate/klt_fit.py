@@ -63,6 +63,8 @@ def fit_klt_layer(
     """
     if len(states) < 2:
         raise CalibrationError(f"{len(states)} tokens; a covariance needs at least 2")
+    if gradients is not None and gradients.shape != states.shape:
+        raise CalibrationError(f"gradients have shape {tuple(gradients.shape)}; states have {tuple(states.shape)}")
     if gradients is None:
         fisher = torch.eye(states.shape[1], dtype=torch.float64) * weight
         tokens = torch.ones(len(states), dtype=torch.float64)

@@ -66,7 +66,7 @@ inline void launch_quantize(const Parts& parts, cudaStream_t stream) {
 inline void launch_expand(const Parts& parts, cudaStream_t stream) {
   constexpr std::int32_t kMostSharedCentroids = 8192;  // 32 KB: several blocks still fit on a multiprocessor
   // A block fills its shared memory once, so few blocks with many rows each are enough.
-  constexpr int kMostBlocks = 132 * 6;
+  constexpr int kMostBlocks = 132 * 6;  // six for each multiprocessor of the largest GPUs
   const std::int32_t token_bytes = 4 * (row_words(parts.plan) + 1);
   std::int32_t shared = parts.plan.centroids <= kMostSharedCentroids ? parts.plan.centroids : 0;
   const Sharing sharing = choose_sharing(parts.num_rows, token_bytes, 4 * shared);
