@@ -255,7 +255,7 @@ inline void analyse(const KltMatrix& x, const Share& share, const Prepared& prep
 }
 
 /// Channels of a share from the centroids of its codes, through `sums`.
-inline void synthesise(const float* values, std::int64_t values_stride, const Half* scales, const Share& share,
+inline void synthesise(const float* values, std::int64_t values_stride, const float* scales, const Share& share,
                        const Prepared& prepared, const KltRopeData& rope, float* sums, std::int64_t sums_stride,
                        const KltMatrix& out) {
   const KltData& table = *prepared.table;
@@ -267,7 +267,7 @@ inline void synthesise(const float* values, std::int64_t values_stride, const Ha
     T* first = static_cast<T*>(out.data) + share.sequence * out.sequence_stride + share.first * out.token_stride;
     for (std::int64_t t = 0; t < share.count; ++t) {
       float* token = sums + t * sums_stride;
-      finish_token(to_float(scales[t]), table.mean, table.channels, token);
+      finish_token(scales[t], table.mean, table.channels, token);
       if (rope.width > 0) rotate_token(rope, share.first + t, table.channels, token);
       write_token(token, table.channels, first + t * out.token_stride, out.channel_stride);
     }
@@ -286,14 +286,18 @@ void for_each_share(std::int64_t sequences, std::int64_t first, std::int64_t tok
   parallel_for(sequences * blocks, task);
 }
 
-/// Memory of a task: dense tokens, coefficients or centroids, bytes.
+/// Memory of a task: dense tokens, coefficients or centroids, scales (0 until written), bytes. All of it on the heap: GCC 12
+/// aligns a stack for AVX-512 that AddressSanitizer then lays out otherwise.
 struct TaskMemory {
   TaskMemory(const KltData& table, const PiecesPlan& plan)
       : dense_stride(token_stride(table.channels)), coefficients_stride(token_stride(table.coefficients)) {
     const std::int64_t row_bytes = table.layout.row_bytes + kRowRoom;
-    Pieces pieces(thread_scratch(kTaskTokens * (dense_stride + coefficients_stride) + plan.bytes + row_bytes + 6 * 16));
+    Pieces pieces(
+        thread_scratch(kTaskTokens * (dense_stride + coefficients_stride + 1) + plan.bytes + row_bytes + 6 * 16));
     dense = pieces.floats(kTaskTokens * dense_stride);
     coefficients = pieces.floats(kTaskTokens * coefficients_stride);
+    scales = pieces.floats(kTaskTokens);
+    std::fill_n(scales, kTaskTokens, 0.0f);
     codes = pieces.bytes(plan.bytes);
     std::memset(codes, 0, static_cast<std::size_t>(plan.bytes));  // vectors look at a few bytes behind a section
     row = pieces.bytes(row_bytes);
@@ -302,6 +306,7 @@ struct TaskMemory {
   std::int64_t coefficients_stride;
   float* dense;
   float* coefficients;
+  float* scales;
   std::uint8_t* codes;  // pieces
   std::uint8_t* row;
 };
@@ -332,17 +337,16 @@ void unpack_klt(const UnpackKltProblem& problem) {
   const klt_rows::RowLayout& layout = problem.table.layout;
   for_each_share(problem.sequences, 0, problem.tokens, [&](const Share& share) {
     const TaskMemory memory(problem.table, prepared.plan);
-    Half scales[kTaskTokens] = {};
     const std::uint8_t* row =
         problem.rows.data + share.sequence * problem.rows.sequence_stride + share.first * layout.row_bytes;
     std::memset(memory.row, 0, static_cast<std::size_t>(layout.row_bytes + kRowRoom));
     for (std::int64_t t = 0; t < share.count && layout.coded > 0; ++t, row += layout.row_bytes) {
       std::memcpy(memory.row, row, static_cast<std::size_t>(layout.row_bytes));
-      scales[t] = unpack_row(layout, prepared.plan, memory.row, memory.codes);
+      memory.scales[t] = to_float(unpack_row(layout, prepared.plan, memory.row, memory.codes));
       look_up(memory.codes, prepared, memory.coefficients + t * memory.coefficients_stride);
     }
-    synthesise(memory.coefficients, memory.coefficients_stride, scales, share, prepared, problem.rope, memory.dense,
-               memory.dense_stride, problem.out);
+    synthesise(memory.coefficients, memory.coefficients_stride, memory.scales, share, prepared, problem.rope,
+               memory.dense, memory.dense_stride, problem.out);
   });
 }
 
@@ -351,16 +355,16 @@ void simulate_klt(const SimulateKltProblem& problem) {
   const Prepared prepared = prepare(problem.table, tokens, true, true);
   for_each_share(problem.sequences, problem.protected_tokens, problem.tokens, [&](const Share& share) {
     const TaskMemory memory(problem.table, prepared.plan);
-    Half scales[kTaskTokens] = {};
     analyse(problem.x, share, prepared, memory.dense, memory.dense_stride, memory.coefficients,
             memory.coefficients_stride);
     for (std::int64_t t = 0; t < share.count && problem.table.layout.coded > 0; ++t) {
       float* z = memory.coefficients + t * memory.coefficients_stride;
-      scales[t] = scale_of(z, prepared);
-      find_pieces(z, scales[t], prepared, memory.codes);
+      const Half scale = scale_of(z, prepared);
+      memory.scales[t] = to_float(scale);
+      find_pieces(z, scale, prepared, memory.codes);
       look_up(memory.codes, prepared, z);
     }
-    synthesise(memory.coefficients, memory.coefficients_stride, scales, share, prepared, {}, memory.dense,
+    synthesise(memory.coefficients, memory.coefficients_stride, memory.scales, share, prepared, {}, memory.dense,
                memory.dense_stride, problem.out);
   });
 }
