@@ -286,8 +286,8 @@ void for_each_share(std::int64_t sequences, std::int64_t first, std::int64_t tok
   parallel_for(sequences * blocks, task);
 }
 
-/// Memory of a task: dense tokens, coefficients or centroids, scales (0 until written), bytes. All of it on the heap: GCC 12
-/// aligns a stack for AVX-512 that AddressSanitizer then lays out otherwise.
+/// Memory of a task: dense tokens, coefficients or centroids, scales (0 until written), bytes. Nothing of it is an array on
+/// the stack: built by GCC 12 with AddressSanitizer, AVX-512 code that cleared one was seen to fault.
 struct TaskMemory {
   TaskMemory(const KltData& table, const PiecesPlan& plan)
       : dense_stride(token_stride(table.channels)), coefficients_stride(token_stride(table.coefficients)) {
