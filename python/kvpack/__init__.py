@@ -55,6 +55,7 @@ _HOMES = {
     "list_presets": "kvpack.policy",
     "LayerOverride": "kvpack.overrides",
     "BitsTally": "kvpack.simulation",
+    "simulate_pair": "kvpack.simulation",
     "simulate_tensor": "kvpack.simulation",
     "Simulation": "kvpack.models.hooks",
     "simulate": "kvpack.models.hooks",
@@ -107,6 +108,7 @@ __all__ = [
     "list_presets",
     "LayerOverride",
     "BitsTally",
+    "simulate_pair",
     "simulate_tensor",
     "Simulation",
     "simulate",
@@ -147,7 +149,7 @@ if TYPE_CHECKING:
     from kvpack.overrides import LayerOverride
     from kvpack.policy import Policy, list_presets, parse_policy
     from kvpack.rotated import RotatedMethod
-    from kvpack.simulation import BitsTally, simulate_tensor
+    from kvpack.simulation import BitsTally, simulate_pair, simulate_tensor
     from kvpack.tile64 import Tile64
     from kvpack.tiles import compress_tile64, concat_tile64, unpack_tile64
     from kvpack.uniform import UniformMethod

@@ -70,10 +70,9 @@ def find_tables(
     if part is None:
         return None
     assert calibration is not None and layer is not None
-    if channels is not None and part.channels != channels:
-        raise ValueError(
-            f"{calibration.name} has {part.channels} channels for the {kind}s of layer {layer}; x has {channels}"
-        )
+    here = part.channels // (2 if method.is_joint else 1)
+    if channels is not None and here != channels:
+        raise ValueError(f"{calibration.name} has {here} channels for the {kind}s of layer {layer}; x has {channels}")
     return method.find_tables(policy, calibration, kind, layer)
 
 
@@ -91,14 +90,16 @@ def _checked_tables(policy: Policy, calibration: ModelCalibration | None, kind: 
         )
     if layer is None:
         raise ValueError(f"policy {policy.name!r} reads a calibration by layer; say which layer it is for")
-    if (layer, kind) not in calibration.parts:
+    part: Any = (layer, "joint" if method.is_joint else kind)
+    if part not in calibration.parts:
         have = ", ".join(map(str, calibration.layers)) or "none"
-        raise ValueError(f"{calibration.name} has no {kind}s of layer {layer}; it has layers {have}")
+        what = "keys with values" if method.is_joint else f"{kind}s"
+        raise ValueError(f"{calibration.name} has no {what} of layer {layer}; it has layers {have}")
     try:
-        method.check_tables(calibration.parts[layer, kind], calibration, policy.mode)
+        method.check_tables(calibration.parts[part], calibration, policy.mode)
     except ValueError as error:
         raise ValueError(f"{calibration.name} does not fit policy {policy.name!r}: {error}") from error
-    return calibration.parts[layer, kind]
+    return calibration.parts[part]
 
 
 def _missing(policy: Policy) -> str:

@@ -8,9 +8,10 @@ Levels and tables are klt_tables.py; the arithmetic is kvpack.klt.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kvpack.klt_joint import join_heads, split_heads
 from kvpack.klt_tables import KltChoice, KltCodec, Part, dense_token_bytes, find_codecs
 from kvpack.methods import DENSE_BITS, Kind, Method, Mode, Stage, check_choice, check_int, register_method
 
@@ -32,6 +33,7 @@ class KltMethod(Method):
         bits: budget per element over all layers, keys and values together, 1 to 6; scales and padding included.
         heads: of a block that is transformed together; 0 for all KV heads of a layer.
         grids: power-of-two levels on uniform grids, which kernels decode faster, instead of codebooks.
+        joint: keys and values of a layer in one transform and one row; blocks then are of heads with both.
 
     Source: docs/klt.md.
     """
@@ -41,6 +43,7 @@ class KltMethod(Method):
     bits: float
     heads: int = ALL_HEADS
     grids: bool = False
+    joint: bool = False
 
     def __post_init__(self) -> None:
         bits = self.bits
@@ -49,6 +52,7 @@ class KltMethod(Method):
         object.__setattr__(self, "bits", round(float(bits), 4))
         check_int("heads", self.heads, ALL_HEADS, 2**16)
         check_choice("grids", self.grids, (False, True))
+        check_choice("joint", self.joint, (False, True))
 
     @property
     def stage(self) -> Stage:
@@ -58,28 +62,39 @@ class KltMethod(Method):
     def presets(cls) -> dict[str, str]:
         text = "Fisher-weighted transform coding of each token, keys before RoPE, levels by budget over all layers"
         presets = {f"klt-{bits}": f"{text}; needs a calibration of --method klt" for bits in ("3.4", "2.4", "2")}
+        joint = "the same with keys and values of a layer in one transform: the least loss per bit"
+        presets |= {f"klt-{bits}-joint": joint for bits in ("2.4", "2", "1.5")}
         presets["klt-2.4-fast"] = "the same made for decoding: power-of-two levels on uniform grids, keys per head"
         return presets
 
     @classmethod
     def parse_name(cls, name: str) -> tuple[Method, Method] | None:
-        match = re.fullmatch(r"klt-(\d{1,3}(?:\.\d{1,4})?)(-fast)?(?:-heads(all|\d{1,6}))?", name, re.ASCII)
+        match = re.fullmatch(r"klt-(\d{1,3}(?:\.\d{1,4})?)(-fast)?(-joint)?(?:-heads(all|\d{1,6}))?", name, re.ASCII)
         if match is None:
             return None
-        grids = match[2] is not None
-        if match[3] is None:
-            heads = [_usual_heads(kind, grids=grids) for kind in ("key", "value")]
+        bits, fast, joint, blocks = match.groups()
+        made = cls(float(bits), ALL_HEADS, fast is not None, joint is not None)
+        if blocks is None:
+            heads = [made.usual_heads(kind) for kind in ("key", "value")]
         else:
-            heads = 2 * [ALL_HEADS if match[3] == "all" else int(match[3])]
-            check_int("heads", int(match[3]) if match[3] != "all" else 1, 1, 2**16)
-        key, value = (cls(float(match[1]), count, grids) for count in heads)
+            heads = 2 * [ALL_HEADS if blocks == "all" else int(blocks)]
+            check_int("heads", int(blocks) if blocks != "all" else 1, 1, 2**16)
+        key, value = (replace(made, heads=count) for count in heads)
         return key, value
 
     def name_for(self, kind: Kind) -> str:
-        name = f"klt-{self.bits:g}" + ("-fast" if self.grids else "")
-        if self.heads == _usual_heads(kind, grids=self.grids):
+        name = f"klt-{self.bits:g}" + ("-fast" if self.grids else "") + ("-joint" if self.joint else "")
+        if self.heads == self.usual_heads(kind):
             return name
         return f"{name}-heads{self.heads or 'all'}"
+
+    def usual_heads(self, kind: Kind) -> int:
+        """Of the fast form, heads are transformed one by one whose synthesis is work of every decoding step."""
+        return 1 if self.grids and (kind == "key" or self.joint) else ALL_HEADS
+
+    @property
+    def is_joint(self) -> bool:
+        return self.joint
 
     def knows_mode(self, mode: Mode) -> bool:
         return True
@@ -100,7 +115,8 @@ class KltMethod(Method):
             )
 
     def find_tables(self, policy: Policy, calibration: ModelCalibration, kind: Kind, layer: int) -> KltCodec:
-        return find_codecs(calibration, choices_of(policy, calibration))[layer, kind]  # type: ignore[arg-type]
+        part = "joint" if self.joint else kind
+        return find_codecs(calibration, choices_of(policy, calibration))[layer, part]  # type: ignore[arg-type]
 
     def simulate(
         self,
@@ -115,24 +131,40 @@ class KltMethod(Method):
     ) -> int:
         from kvpack.klt import simulate_klt  # here, so that policies can be read and written without the native library
 
-        assert tables is not None
+        assert tables is not None and not self.joint
         simulate_klt(x, tables.tables_on(x), protected_tokens=protected_tokens, out=out)
-        tokens, sequences = x.shape[-2], x.shape[0] if len(x.shape) == 3 else 1
-        exact = min(protected_tokens, tokens)
-        return sequences * (exact * DENSE_BITS * tables.channels + (tokens - exact) * 8 * tables.row_bytes)
+        return _count_bits(x, protected_tokens, tables)
+
+    def simulate_joint(self, key: Any, value: Any, *, protected_tokens: int, tables: KltCodec) -> tuple[Any, Any, int]:
+        """Keys and values of one layer after compression in joint rows, and the bits of both.
+
+        Args:
+            key, value: [tokens, channels] or [batch, tokens, channels] each, torch or numpy, of one shape and type.
+            protected_tokens, tables: as simulate.
+
+        Returns:
+            Keys and values, new tensors; the bits they would take together.
+        """
+        from kvpack.klt import simulate_klt
+
+        rows = join_heads(key, value, tables.kv_heads)
+        simulate_klt(rows, tables.tables_on(rows), protected_tokens=protected_tokens, out=rows)
+        return *split_heads(rows, tables.kv_heads), _count_bits(rows, protected_tokens, tables)
 
 
-def _usual_heads(kind: Kind, *, grids: bool) -> int:
-    """Keys of the fast form are transformed head by head: their synthesis is work of every decoding step."""
-    return 1 if grids and kind == "key" else ALL_HEADS
+def _count_bits(x: Any, protected_tokens: int, codec: KltCodec) -> int:
+    """Bits of x [..., tokens, channels of the codec], exact tokens included."""
+    tokens, sequences = x.shape[-2], x.shape[0] if len(x.shape) == 3 else 1
+    exact = min(protected_tokens, tokens)
+    return sequences * (exact * DENSE_BITS * codec.channels + (tokens - exact) * 8 * codec.row_bytes)
 
 
 def choices_of(policy: Policy, calibration: KltCalibration) -> dict[Part, KltChoice]:
     """What a policy asks of every part of a calibration that it codes with klt."""
-    choices = {}
+    choices: dict[Part, KltChoice] = {}
     for layer, kind in calibration.parts:
-        method = policy.method_for(kind, layer)
-        if isinstance(method, KltMethod):
+        method = policy.method_for("key" if kind == "joint" else kind, layer)
+        if isinstance(method, KltMethod) and method.joint == (kind == "joint"):
             choices[layer, kind] = KltChoice(method.bits, method.heads or calibration.model.kv_heads, method.grids)
     return choices
 
@@ -158,9 +190,14 @@ def describe_tables(policy: Policy, calibration: ModelCalibration | None) -> dic
 
 
 def layer_bits(policy: Policy, calibration: KltCalibration) -> list[dict[str, Any]]:
-    """Per layer and kind that a policy codes with klt {"layer", "kind", "bits"}: the bits per element it gets."""
+    """Per layer and kind that a policy codes with klt {"layer", "kind", "bits"}: the bits per element it gets.
+
+    Keys and values of joint rows both have those of the row, which says no more of each.
+    """
     codecs = find_codecs(calibration, choices_of(policy, calibration))
-    return [
-        {"layer": layer, "kind": kind, "bits": codec.bits_per_element}
-        for (layer, kind), codec in sorted(codecs.items())
+    found = [
+        (layer, kind, codec.bits_per_element)
+        for (layer, part), codec in codecs.items()
+        for kind in (("key", "value") if part == "joint" else (part,))
     ]
+    return [{"layer": layer, "kind": kind, "bits": bits} for layer, kind, bits in sorted(found)]

@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvpack.methods import DENSE_BITS, Kind
+from kvpack.methods import DENSE_BITS
 
 if TYPE_CHECKING:
+    from kvpack.calibrate.base import PartKind
     from kvpack.calibrate.klt_calibration import KltBlocks, KltCalibration
     from kvpack.klt import KltTable, KltTables
 
 ROW_ALIGNMENT = 2
 """Rows of a block take a multiple of so many bytes, which r needs anyway."""
 
-Part = tuple[int, Kind]
+Part = tuple[int, "PartKind"]
+"""A layer's keys, its values, or both in joint rows."""
 
 
 @dataclass(frozen=True)
 class KltChoice:
-    """What a policy asks of one layer and kind.
+    """What a policy asks of one part.
 
     Attributes:
         bits: budget per element, scales and padding included.
@@ -46,20 +48,22 @@ class KltChoice:
 
 @dataclass
 class KltCodec:
-    """How the keys or the values of one layer are coded.
+    """How the keys or the values of one layer are coded, or both together.
 
     Attributes:
         tables: one for each block of heads, on the CPU; their bytes are shared by all tokens of all sequences.
         levels: int32 [channels], numbers of levels in the order of the calibration's coefficients.
+        kv_heads: of the layer, for joint rows.
     """
 
     tables: KltTables
     levels: np.ndarray
+    kv_heads: int
     _on_device: dict[str, KltTables] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
-        """Of all heads."""
+        """Of all heads; of joint rows twice as many."""
         return self.tables.channels
 
     @property
@@ -110,7 +114,7 @@ def _make_codecs(calibration: KltCalibration, choices: dict[Part, KltChoice]) ->
     for (layer, kind), choice in choices.items():
         part = calibration.part(layer, kind)
         tables = make_tables(part.mean, part.blocks[choice.heads], levels[layer, kind], grids=choice.grids)
-        codecs[layer, kind] = KltCodec(tables, levels[layer, kind])
+        codecs[layer, kind] = KltCodec(tables, levels[layer, kind], calibration.model.kv_heads)
     return codecs
 
 

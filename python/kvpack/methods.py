@@ -118,6 +118,14 @@ class Method(ABC):
         """True when nothing of a sequence's other tokens enters a token's codes, whatever the mode."""
         return False
 
+    @property
+    def is_joint(self) -> bool:
+        """True when the keys and the values of a layer are coded together: both then have the same method.
+
+        Such a method has no `simulate` of one kind; kvpack.simulation.simulate_pair calls its simulate_joint.
+        """
+        return False
+
     def check_tables(self, tables: Any, calibration: ModelCalibration, mode: Mode) -> None:
         """Raises ValueError where a calibration, of which tables are one layer and kind, lacks something."""
         return None

@@ -24,6 +24,11 @@ def check_methods(key: Any, value: Any) -> None:
     for name, method in (("key", key), ("value", value)):
         if not isinstance(method, Method):
             raise ValueError(f"{name} is {method!r}; it is a Method, as DenseMethod()")
+    if (key.is_joint or value.is_joint) and key != value:
+        raise ValueError(
+            f"key is {key.name_for('key')} and value is {value.name_for('value')}; a method that codes keys and values "
+            "together is given to both"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvpack.arrays import dtype_name, empty_like
 from kvpack.calibration_checks import find_tables
+from kvpack.klt_joint import check_pair
 from kvpack.methods import DENSE_BITS, MODES, Kind, Mode, check_choice, check_int
 from kvpack.policy import Policy, as_policy
 
@@ -100,6 +101,10 @@ def simulate_tensor(
         policy = replace(policy, mode=mode)
     mode = policy.mode
     method = policy.method_for(kind, layer)
+    if method.is_joint:
+        raise ValueError(
+            f"policy {policy.name!r} codes keys and values together, and x is {kind}s alone; simulate_pair takes both"
+        )
     if head_dim is not None:
         check_int("head_dim", head_dim, 1, 2**31 - 1)
     _check_input(x, head_dim)
@@ -124,6 +129,65 @@ def simulate_tensor(
         exact = elements - elements // max(tokens, 1) * compressed
         tally.add(elements, bits + table_bits + DENSE_BITS * exact, table_bits)
     return out
+
+
+def simulate_pair(
+    key: Any,
+    value: Any,
+    policy: Policy | str,
+    *,
+    mode: Mode | None = None,
+    head_dim: int | None = None,
+    layer: int | None = None,
+    calibration: Calibration | None = None,
+    tally: BitsTally | None = None,
+) -> tuple[Any, Any]:
+    """Returns what the keys and the values of one layer look like after compression by a policy, of whatever kind.
+
+    Of methods that code keys and values apart this is simulate_tensor of each; klt-B-joint codes them together.
+
+    Args:
+        key, value: as x of simulate_tensor; for a joint method of one shape and type. Never changed.
+        policy, mode, head_dim, layer, calibration, tally: as simulate_tensor.
+
+    Returns:
+        Keys and values, each of the shape, type and device it came with.
+
+    Raises:
+        ValueError, NotImplementedError, TypeError: as simulate_tensor.
+
+    Source: docs/klt.md.
+    """
+    policy = as_policy(policy)
+    method = policy.method_for("key", layer)
+    if not method.is_joint:
+        options: dict[str, Any] = {"mode": mode, "head_dim": head_dim, "layer": layer, "calibration": calibration}
+        pair = ((key, "key"), (value, "value"))
+        made = [simulate_tensor(x, policy, kind, tally=tally, **options) for x, kind in pair]  # type: ignore[arg-type]
+        return made[0], made[1]
+    if mode is not None:
+        check_choice("mode", mode, MODES)
+    for x in (key, value):
+        _check_input(x, head_dim)
+    check_pair(key, value)
+    tables = find_tables(policy, calibration, "key", layer, key.shape[-1])
+    inputs = [x.detach() if hasattr(x, "detach") else x for x in (key, value)]
+    tokens = key.shape[-2]
+    compressed = max(tokens - policy.window, 0)
+    compressed = 0 if compressed <= policy.sink or 0 in key.shape else compressed
+    outputs, bits = [empty_like(x) for x in inputs], 0
+    if compressed:
+        *made, bits = method.simulate_joint(  # type: ignore[attr-defined]
+            *(x[..., :compressed, :] for x in inputs), protected_tokens=policy.sink, tables=tables
+        )
+        for out, part in zip(outputs, made, strict=True):
+            out[..., :compressed, :] = part
+    for out, x in zip(outputs, inputs, strict=True):
+        out[..., compressed:, :] = x[..., compressed:, :]
+    if tally is not None:
+        elements = 2 * int(np.prod(key.shape, dtype=np.int64))
+        tally.add(elements, bits + DENSE_BITS * (elements - elements // max(tokens, 1) * compressed))
+    return outputs[0], outputs[1]
 
 
 def _check_input(x: Any, head_dim: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from kvpack.calibrate import KltCalibration
 from kvpack.calibrate.base import KINDS
 from kvpack.calibrate.fingerprint import ModelFingerprint
 from kvpack.calibrate.klt_fit import KltFitOptions, fit_klt_layer
+from kvpack.klt_joint import join_heads
 
 
 def make_states(tokens: int, channels: int, seed: int) -> torch.Tensor:
@@ -32,7 +34,7 @@ def make_header(fingerprint: ModelFingerprint, **changes: Any) -> dict[str, Any]
     """The header of a calibration for a model."""
     text = {"name": "text:words.txt", "sha256": "ab" * 32, "tokens": 5000, "samples": 3, "tokens_used": [24, 1200]}
     return {
-        "schema": "kvpack-klt", "version": 1, "kvpack": "0.1.0", "model": fingerprint.to_json(), "model_name": "tiny",
+        "schema": "kvpack-klt", "version": 2, "kvpack": "0.1.0", "model": fingerprint.to_json(), "model_name": "tiny",
         "layers": list(range(fingerprint.num_layers)), "blocks": sorted({1, fingerprint.kv_heads}), "shrinkage": 0.0,
         "rows": 4096, "sink": 1, "weights": "fisher", "nsamples": 3, "seqlen": 24, "seed": 0, "dtype": "float32",
         "device": "cpu", "texts": [text],
@@ -52,8 +54,13 @@ def make_klt_calibration(
     options = KltFitOptions(fingerprint.head_dim, tuple(header["blocks"]), header["shrinkage"], header["rows"], 0)
     parts = {}
     for layer in range(fingerprint.num_layers):
+        rows = []
         for number, kind in enumerate(KINDS):
             seed = 2 * layer + number
             gradients = make_gradients(tokens, channels, seed, size=0.1 * (1 + number) / (1 + layer))
-            parts[layer, kind] = fit_klt_layer(make_states(tokens, channels, seed), options, gradients=gradients)
+            rows.append((make_states(tokens, channels, seed), gradients))
+            parts[layer, kind] = fit_klt_layer(rows[-1][0], options, gradients=gradients)
+        states, gradients = (join_heads(*pair, fingerprint.kv_heads) for pair in zip(*rows, strict=True))
+        joint = replace(options, head_dim=2 * fingerprint.head_dim)
+        parts[layer, "joint"] = fit_klt_layer(states, joint, gradients=gradients)
     return KltCalibration(header, parts)

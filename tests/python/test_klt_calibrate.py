@@ -20,6 +20,7 @@ from kvpack.calibrate.klt_fit import KltFitOptions, fit_klt_layer
 from kvpack.calibrate.spool import partial_path
 from kvpack.cli import app
 from kvpack.evaluate.listener import Listener
+from kvpack.klt_joint import join_heads
 from kvpack.models import load
 
 SEQLEN, SAMPLES = 24, 5
@@ -72,10 +73,14 @@ def test_a_run_equals_layers_fitted_one_by_one_without_their_first_tokens(reques
 
             collector.run(torch.from_numpy(plan.samples[sample]), sample, write)
     options = KltFitOptions(8, (1, 2), 0.25, 16384, 0)
-    for (layer, kind), part in KltCalibration.load(plan.output).parts.items():
-        states, gradients = (torch.cat(found[layer, kind, what]) for what in ("states", "gradients"))
+    loaded = KltCalibration.load(plan.output)
+    assert sorted(loaded.parts) == [(layer, kind) for layer in range(3) for kind in ("joint", "key", "value")]
+    for (layer, kind), part in loaded.parts.items():
+        kinds = ("key", "value") if kind == "joint" else (kind,)
+        rows = [[torch.cat(found[layer, each, what]) for each in kinds] for what in ("states", "gradients")]
+        states, gradients = (join_heads(*pair, 2) if kind == "joint" else pair[0] for pair in rows)
         assert len(states) == SAMPLES * (SEQLEN - 1)
-        fitted = fit_klt_layer(states, options, gradients=gradients)
+        fitted = fit_klt_layer(states, dataclasses.replace(options, head_dim=8 * len(kinds)), gradients=gradients)
         for name, tensor in KltCalibration.tensors_of(fitted).items():
             np.testing.assert_array_equal(KltCalibration.tensors_of(part)[name], tensor)
 

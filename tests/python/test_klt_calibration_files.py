@@ -69,7 +69,7 @@ def test_each_class_refuses_the_file_of_the_other_method(good: Path, tmp_path: P
     ("changes", "words"),
     [
         ({"schema": "kvpack-calibration"}, ["kvpack-calibration", "kvpack-klt"]),
-        ({"version": 2}, ["version is 2", "reads 1"]),
+        ({"version": 1}, ["version is 1", "reads 2"]),
         ({"blocks": [2, 1]}, ["blocks is [2, 1]"]),
         ({"blocks": []}, ["blocks is []"]),
         ({"blocks": [1, 2, 3]}, ["basis3"]),
@@ -78,7 +78,7 @@ def test_each_class_refuses_the_file_of_the_other_method(good: Path, tmp_path: P
         ({"shrinkage": True}, ["shrinkage is True"]),
         ({"rows": 0}, ["rows is 0"]),
         ({"weights": "query"}, ["weights is 'query'", "fisher, noise"]),
-        ({"layers": [0, 1, 2]}, ["layers.2.key"]),
+        ({"layers": [0, 1, 2]}, ["lacks", "layers.2.joint"]),
         ({"bits": [2]}, ["bits"]),
         ({"sink": -1}, ["sink is -1"]),
         ({"texts": []}, ["texts is []"]),

@@ -96,7 +96,8 @@ def test_presets_are_the_documented_ones_and_their_own_canonical_text():
     names += ["int8+1%", "int5+1%", "int4+1%", "int3+1%", "int2+1%"]
     names += ["kivi-4", "kivi-2", "mustafar-50", "mustafar-70", "mustafar-50-q4", "mustafar-70-q4", "mustafar-70-q2"]
     names += ["nuq4", "nuq4+1%", "nuq3", "nuq3+1%", "nuq2", "nuq2+1%", "nf4", "nf3", "nf2"]
-    names += ["turbo-4", "turbo-3", "turbo-2", "klt-3.4", "klt-2.4", "klt-2", "klt-2.4-fast"]
+    names += ["turbo-4", "turbo-3", "turbo-2", "klt-3.4", "klt-2.4", "klt-2", "klt-2.4-joint", "klt-2-joint"]
+    names += ["klt-1.5-joint", "klt-2.4-fast"]
     assert list(list_presets()) == names
     for name, description in list_presets().items():
         assert parse_policy(name).to_text() == name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from kvpack.calibrate.headers import Schema
 
 KINDS: tuple[Kind, ...] = ("key", "value")
+
+PartKind = Literal["key", "value", "joint"]
+"""What a part of a calibration is about; joint is keys and values together, in rows of klt_joint.join_heads."""
 
 TensorForm = tuple[str, tuple[int | None, ...]]
 """Type of a tensor in a file, and its shape; None stands for any extent above 0."""
@@ -32,7 +35,7 @@ class ModelCalibration:
 
     Attributes:
         header: how it was made; fields in docs/calibration.md.
-        parts: (layer, kind) -> what is known of the keys or values of one layer.
+        parts: (layer, kind) -> what is known of the keys, of the values or (kind joint) of both of one layer.
         model: fingerprint of the model it belongs to.
         name: where it came from, for messages.
     """
@@ -40,9 +43,11 @@ class ModelCalibration:
     method: ClassVar[str]
     """As `kvpack calibrate --method` names it."""
     schema: ClassVar[Schema]
+    kinds: ClassVar[tuple[PartKind, ...]] = KINDS
+    """Parts of a layer, in the order they are fitted."""
 
     def __init__(
-        self, header: dict[str, Any], parts: Mapping[tuple[int, Kind], Any], name: str = "calibration"
+        self, header: dict[str, Any], parts: Mapping[tuple[int, PartKind], Any], name: str = "calibration"
     ) -> None:
         """Checks the numbers; the fields of the header are those of headers.check_header.
 
@@ -54,7 +59,7 @@ class ModelCalibration:
         self.model = ModelFingerprint.from_json(header["model"])
         self.name = name
         for (layer, kind), part in self.parts.items():
-            self.check_part(part, f"{name}: layer {layer} {kind}s")
+            self.check_part(part, f"{name}: layer {layer} {kind_name(kind)}")
 
     @classmethod
     def check_part(cls, part: Any, where: str) -> None:
@@ -149,18 +154,23 @@ class ModelCalibration:
                 f"{self.name} belongs to another model: {'; '.join(differences)}. Recalibrate with kvpack calibrate"
             )
 
-    def part(self, layer: int, kind: Kind) -> Any:
-        """What is known of the keys or values of one layer.
+    def part(self, layer: int, kind: PartKind) -> Any:
+        """What is known of the keys or values of one layer, or of both together.
 
         Raises:
             CalibrationError: the layer is missing; the message lists those there are.
         """
-        check_choice("kind", kind, KINDS)
+        check_choice("kind", kind, self.kinds)
         if (layer, kind) not in self.parts:
             raise CalibrationError(
-                f"{self.name} has no {kind}s of layer {layer}; it has layers {layer_spans(self.layers)}"
+                f"{self.name} has no {kind_name(kind)} of layer {layer}; it has layers {layer_spans(self.layers)}"
             )
         return self.parts[layer, kind]
+
+
+def kind_name(kind: PartKind) -> str:
+    """What a part is about, in words for messages."""
+    return "keys with values" if kind == "joint" else f"{kind}s"
 
 
 def check_finite(values: np.ndarray, where: str) -> None:

@@ -11,12 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvpack.calibrate.base import KINDS, CalibrationError, ModelCalibration, TensorForm
+from kvpack.calibrate.base import CalibrationError, ModelCalibration, PartKind, TensorForm
 from kvpack.calibrate.calibration import Calibration
 from kvpack.calibrate.headers import LARGEST_HEADER, read_header, short
 from kvpack.calibrate.klt_calibration import KltCalibration
 from kvpack.files import write_whole
-from kvpack.methods import Kind
 
 CALIBRATIONS: dict[str, type[ModelCalibration]] = {cls.method: cls for cls in (Calibration, KltCalibration)}
 """By the name of the method."""
@@ -115,7 +114,9 @@ def load_calibration(path: str | Path, cls: type[ModelCalibration] | None) -> An
             header = read_header(metadata, cls.schema)
             layers = sorted(header["layers"])
             _check_tensors(file, header, cls)
-            parts = {(layer, kind): _read_part(file, header, layer, kind, cls) for layer in layers for kind in KINDS}
+            parts = {
+                (layer, kind): _read_part(file, header, layer, kind, cls) for layer in layers for kind in cls.kinds
+            }
         return cls(header, parts, str(path))
     except CalibrationError as error:
         raise CalibrationError(f"{path} is no calibration: {str(error).removeprefix(f'{path}: ')}") from error
@@ -137,7 +138,7 @@ def _class_for(metadata: dict[str, str], cls: type[ModelCalibration] | None) -> 
     return cls
 
 
-def _read_part(file: Any, header: dict[str, Any], layer: int, kind: Kind, cls: type[ModelCalibration]) -> Any:
+def _read_part(file: Any, header: dict[str, Any], layer: int, kind: PartKind, cls: type[ModelCalibration]) -> Any:
     return cls.part_of(lambda name: file.get_tensor(f"{_prefix(layer, kind)}.{name}"), header)
 
 
@@ -165,7 +166,7 @@ def _check_bytes(path: Path) -> None:
         raise CalibrationError(f"{path} announces a header of {length} bytes; at most {64 * LARGEST_HEADER} are read")
 
 
-def _prefix(layer: int, kind: Kind) -> str:
+def _prefix(layer: int, kind: PartKind) -> str:
     return f"layers.{layer}.{kind}"
 
 
@@ -173,7 +174,7 @@ def _check_tensors(file: Any, header: dict[str, Any], cls: type[ModelCalibration
     """Compares names, types and shapes with the header before any tensor is read."""
     expected: dict[str, TensorForm] = {}
     forms = cls.expected_tensors(header)
-    for prefix in (_prefix(layer, kind) for layer in header["layers"] for kind in KINDS):
+    for prefix in (_prefix(layer, kind) for layer in header["layers"] for kind in cls.kinds):
         expected |= {f"{prefix}.{name}": form for name, form in forms.items()}
     names = set(file.keys())
     for what, some in (("lacks", set(expected) - names), ("has unknown", names - set(expected))):

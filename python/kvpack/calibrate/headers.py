@@ -152,7 +152,7 @@ CODEBOOKS = Schema(
 
 KLT = Schema(
     "kvpack-klt",
-    1,
+    2,
     ("fisher", "noise"),
     _SHARED
     | {

@@ -6,13 +6,21 @@ How the numbers are found is klt_fit.py; bytes on disk are files.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from kvpack.calibrate.base import CalibrationError, ModelCalibration, TensorForm, check_finite
+from kvpack.calibrate.base import (
+    KINDS,
+    CalibrationError,
+    ModelCalibration,
+    PartKind,
+    TensorForm,
+    check_finite,
+    kind_name,
+)
 from kvpack.calibrate.headers import KLT, Schema
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 32, 64)
@@ -46,7 +54,7 @@ class KltBlocks:
 
 @dataclass(frozen=True)
 class LayerKlt:
-    """What is known of the keys or of the values of one layer.
+    """What is known of the keys or of the values of one layer, or of both together.
 
     Attributes:
         mean: float32 [channels].
@@ -81,6 +89,21 @@ class KltCalibration(ModelCalibration):
 
     method: ClassVar[str] = "klt"
     schema: ClassVar[Schema] = KLT
+    # Joint first: what it is fitted to goes once keys and values are fitted.
+    kinds: ClassVar[tuple[PartKind, ...]] = ("joint", *KINDS)
+
+    def __init__(
+        self, header: dict[str, Any], parts: Mapping[tuple[int, PartKind], LayerKlt], name: str = "calibration"
+    ) -> None:
+        """As ModelCalibration; also checks that joint parts have the channels of keys and values together."""
+        super().__init__(header, parts, name)
+        for layer in self.layers:
+            key, value, joint = (self.parts.get((layer, kind)) for kind in ("key", "value", "joint"))
+            if key and value and joint and joint.channels != key.channels + value.channels:
+                raise CalibrationError(
+                    f"{name}: layer {layer} {kind_name('joint')} have {joint.channels} channels; keys have "
+                    f"{key.channels}, values {value.channels}"
+                )
 
     @classmethod
     def check_part(cls, part: LayerKlt, where: str) -> None:
@@ -135,6 +158,7 @@ class KltCalibration(ModelCalibration):
         return [
             {"layer": layer, "kind": kind, "sensitivity": part.sensitivity}
             for (layer, kind), part in sorted(self.parts.items())
+            if kind in KINDS
         ]
 
 

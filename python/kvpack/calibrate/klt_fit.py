@@ -48,15 +48,20 @@ class KltFitOptions:
 
 
 def fit_klt_layer(
-    states: torch.Tensor, options: KltFitOptions, *, gradients: torch.Tensor | None = None, weight: float = 1.0
+    states: torch.Tensor,
+    options: KltFitOptions,
+    *,
+    gradients: torch.Tensor | None = None,
+    weight: float | torch.Tensor = 1.0,
 ) -> LayerKlt:
-    """Fits the transforms of the keys or the values of one layer.
+    """Fits the transforms of the keys or the values of one layer, or of both in rows of klt_joint.join_heads.
 
     Args:
         states: [tokens, channels] on the CPU, any floating type, without protected tokens.
         options: how.
         gradients: shape and type of states; of the summed loss. None: every channel weighs the same.
-        weight: without gradients, what a squared error of a channel adds to a token's loss, twice.
+        weight: without gradients, what a squared error of a channel adds to a token's loss, twice: one number, or
+            float64 [channels].
 
     Raises:
         CalibrationError: fewer than 2 tokens; numbers that are not finite or too large for float32.

@@ -1,4 +1,4 @@
-"""How transform coding is calibrated: gradients or injected noise, then one transform for each layer and kind."""
+"""How transform coding is calibrated: gradients or injected noise, then the transforms of each layer."""
 
 # ruff: noqa: D102  (Recipe documents each method once; its subclasses inherit the words)
 
@@ -7,14 +7,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from kvpack.calibrate.base import KINDS, PartKind
 from kvpack.calibrate.klt_calibration import KltCalibration, LayerKlt
 from kvpack.calibrate.recipes import Recipe
-from kvpack.methods import Kind, check_int
+from kvpack.klt_joint import join_heads
+from kvpack.methods import check_int
 from kvpack.models.load import LoadedModel
 
 if TYPE_CHECKING:
+    import torch
+
     from kvpack.calibrate.plan import Plan, Request
-    from kvpack.calibrate.spool import Spool
+    from kvpack.calibrate.spool import Spool, What
     from kvpack.evaluate.listener import Listener
 
 ALL_HEADS = 0
@@ -70,20 +74,40 @@ class KltRecipe(Recipe):
 
             measure_noise(plan.samples, loaded, spool, header, listener)
 
-    def fit(self, layer: int, kind: Kind, loaded: LoadedModel, spool: Spool, header: dict[str, Any]) -> LayerKlt:
-        import torch
-
+    def fit(self, layer: int, kind: PartKind, loaded: LoadedModel, spool: Spool, header: dict[str, Any]) -> LayerKlt:
         from kvpack.calibrate.klt_fit import KltFitOptions, fit_klt_layer
-        from kvpack.calibrate.noise import weight_from_noise
 
-        options = KltFitOptions(
-            loaded.head_dim, tuple(header["blocks"]), header["shrinkage"], header["rows"], header["seed"]
-        )
-        dtype = getattr(torch, header["dtype"])
-        states = spool.read_rows(layer, kind, "states", dtype)
+        # Of a joint row each head has its keys' channels and its values'.
+        head_dim = loaded.head_dim * (2 if kind == "joint" else 1)
+        options = KltFitOptions(head_dim, tuple(header["blocks"]), header["shrinkage"], header["rows"], header["seed"])
+        states = _read(layer, kind, "states", loaded, spool, header)
         if header["weights"] == "noise":
-            return fit_klt_layer(states, options, weight=weight_from_noise(layer, kind, spool))
-        gradients = spool.read_rows(layer, kind, "gradients", dtype)
+            return fit_klt_layer(states, options, weight=_weight_from_noise(layer, kind, loaded, spool))
+        gradients = _read(layer, kind, "gradients", loaded, spool, header)
         fitted = fit_klt_layer(states, options, gradients=gradients)
         assert math.isfinite(fitted.sensitivity)
         return fitted
+
+
+def _read(
+    layer: int, kind: PartKind, what: What, loaded: LoadedModel, spool: Spool, header: dict[str, Any]
+) -> torch.Tensor:
+    """Rows of one part: on disk until they are touched, but for joint ones, which are put together in memory."""
+    import torch
+
+    dtype = getattr(torch, header["dtype"])
+    if kind != "joint":
+        return spool.read_rows(layer, kind, what, dtype)
+    return join_heads(*(spool.read_rows(layer, each, what, dtype) for each in KINDS), loaded.kv_heads)
+
+
+def _weight_from_noise(layer: int, kind: PartKind, loaded: LoadedModel, spool: Spool) -> float | torch.Tensor:
+    """What a squared error of a channel weighs; of a joint row, of each channel."""
+    import torch
+
+    from kvpack.calibrate.noise import weight_from_noise
+
+    if kind != "joint":
+        return weight_from_noise(layer, kind, spool)
+    channels = torch.ones(loaded.kv_heads * loaded.head_dim, dtype=torch.float64)
+    return join_heads(*(channels * weight_from_noise(layer, each, spool) for each in KINDS), loaded.kv_heads)

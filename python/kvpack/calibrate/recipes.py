@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from kvpack.calibrate.base import ModelCalibration
+from kvpack.calibrate.base import ModelCalibration, PartKind
 from kvpack.calibrate.calibration import Calibration, LayerCalibration
 from kvpack.codebook_methods import CODEBOOK_BITS
 from kvpack.methods import Kind, check_choice
@@ -73,8 +73,8 @@ class Recipe(ABC):
         return None
 
     @abstractmethod
-    def fit(self, layer: int, kind: Kind, loaded: LoadedModel, spool: Spool, header: dict[str, Any]) -> Any:
-        """One part of the calibration, from the spool."""
+    def fit(self, layer: int, kind: PartKind, loaded: LoadedModel, spool: Spool, header: dict[str, Any]) -> Any:
+        """One part of the calibration, from the spool; kind is one of calibration.kinds."""
 
 
 class CodebookRecipe(Recipe):
@@ -100,13 +100,14 @@ class CodebookRecipe(Recipe):
         }
 
     def fit(
-        self, layer: int, kind: Kind, loaded: LoadedModel, spool: Spool, header: dict[str, Any]
+        self, layer: int, kind: PartKind, loaded: LoadedModel, spool: Spool, header: dict[str, Any]
     ) -> LayerCalibration:
         import torch
 
         from kvpack.calibrate.fit import FitOptions, fit_layer
 
         options = FitOptions(tuple(header["bits"]), header["outlier_fraction"], header["times_half_range"])
+        assert kind != "joint"
         dtype = getattr(torch, header["dtype"])
         gradients = channel_weights = None
         if header["weights"] == "fisher":

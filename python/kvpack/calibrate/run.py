@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpack.calibrate.base import ModelCalibration
+from kvpack.calibrate.base import ModelCalibration, PartKind, kind_name
 from kvpack.calibrate.fingerprint import ModelFingerprint
 from kvpack.calibrate.plan import Plan, Request, prepare
 from kvpack.calibrate.recipes import AUTO
@@ -99,11 +99,10 @@ def _check_disk(plan: Plan, loaded: load.LoadedModel, header: dict[str, Any]) ->
 
 def _calibrate(
     plan: Plan, loaded: load.LoadedModel, spool: Spool, header: dict[str, Any], listener: Listener
-) -> dict[tuple[int, Kind], Any]:
+) -> dict[tuple[int, PartKind], Any]:
     from kvpack.calibrate.collect import Collector
-    from kvpack.calibrate.spool import layers_and_kinds
 
-    todo = list(layers_and_kinds(header["layers"]))
+    todo = [(layer, kind) for layer in header["layers"] for kind in plan.recipe.calibration.kinds]
     parts = {part: spool.load_fitted(*part) for part in todo}
     pending = [part for part in todo if parts[part] is None]
     per_sample = _SAMPLE_STEPS * (3 if header["weights"] == "fisher" else 1)
@@ -115,11 +114,11 @@ def _calibrate(
     if pending:
         plan.recipe.go_further(plan, loaded, spool, header, listener)
     for layer, kind in pending:
-        listener.step(f"layer {layer} {kind}s")
+        listener.step(f"layer {layer} {kind_name(kind)}")
         try:
             parts[layer, kind] = plan.recipe.fit(layer, kind, loaded, spool, header)
         except ValueError as error:
-            raise ValueError(f"layer {layer} {kind}s: {error}") from error
+            raise ValueError(f"layer {layer} {kind_name(kind)}: {error}") from error
         spool.save_fitted(layer, kind, parts[layer, kind])
         listener.advance(1)
     return parts

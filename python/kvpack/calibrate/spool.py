@@ -22,14 +22,14 @@ from typing import Any, Literal
 
 import torch
 
-from kvpack.calibrate.base import KINDS, CalibrationError, ModelCalibration
+from kvpack.calibrate.base import KINDS, CalibrationError, ModelCalibration, PartKind
 from kvpack.calibrate.files import CALIBRATIONS, part_from_bytes, part_to_bytes, write_file
 from kvpack.methods import Kind
 
 What = Literal["states", "gradients", "squares"]
 
 _OWN_NAME = re.compile(
-    r"(settings|progress|noise)\.json|\d+\.(key|value)\.(states|gradients|squares|fitted)"
+    r"(settings|progress|noise)\.json|\d+\.(key|value|joint)\.(states|gradients|squares|fitted)"
     r"|\..*\.(json|fitted)\..*"  # of write_whole, which a killed run leaves
 )
 _SLACK_BYTES = 64 << 20
@@ -131,13 +131,13 @@ class Spool:
             raise CalibrationError(f"{path} has {size} bytes, which are not {rows} rows; run without --resume")
         return torch.from_file(str(path), size=elements, dtype=dtype).view(rows, -1)
 
-    def save_fitted(self, layer: int, kind: Kind, part: Any) -> None:
-        """Keeps the result of a layer and kind, and drops its samples."""
+    def save_fitted(self, layer: int, kind: PartKind, part: Any) -> None:
+        """Keeps the result of a layer and kind, and drops its samples; joint has none of its own."""
         write_file(self._file(layer, kind, "fitted"), part_to_bytes(self.calibration, part), "result")
         for what in ("states", "gradients", "squares"):
             self._file(layer, kind, what).unlink(missing_ok=True)
 
-    def load_fitted(self, layer: int, kind: Kind) -> Any | None:
+    def load_fitted(self, layer: int, kind: PartKind) -> Any | None:
         """The result that save_fitted kept, None where there is none.
 
         Raises:
@@ -173,7 +173,7 @@ class Spool:
         """What the run makes."""
         return next(cls for cls in CALIBRATIONS.values() if cls.schema.name == self.settings["schema"])
 
-    def _file(self, layer: int, kind: Kind, what: str) -> Path:
+    def _file(self, layer: int, kind: PartKind, what: str) -> Path:
         return self.path / f"{layer}.{kind}.{what}"
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
@@ -226,7 +226,7 @@ def check_free_space(folder: Path, bytes_needed: int) -> None:
 
 
 def layers_and_kinds(layers: list[int]) -> Iterator[tuple[int, Kind]]:
-    """Every part of a calibration, in the order it is fitted."""
+    """The keys and the values of every layer."""
     for layer in layers:
         for kind in KINDS:
             yield layer, kind

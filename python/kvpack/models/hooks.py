@@ -20,11 +20,12 @@ from kvpack.calibration_checks import as_calibration, check_calibration
 from kvpack.methods import DENSE_BITS, Kind
 from kvpack.models.attention import intercept_attention
 from kvpack.models.calls import WHOLE_SEQUENCES, CallGuard, callers_of
+from kvpack.models.joint import JointProjections
 from kvpack.models.layer_errors import LayerErrors
 from kvpack.models.layers import AttentionLayer, find_attention_layers
 from kvpack.models.window import attend_with_window
 from kvpack.policy import Policy, as_policy
-from kvpack.simulation import BitsTally, simulate_tensor
+from kvpack.simulation import BitsTally, simulate_pair, simulate_tensor
 
 if TYPE_CHECKING:
     from kvpack.calibrate import Calibration
@@ -179,6 +180,7 @@ class _LayerHooks:
         self.policy_inside = replace(self.policy, window=0)
         self.capturing = False
         self.dense: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.joint = JointProjections(layer, self.simulate_pair)
         self.seen: set[Kind] = set()
 
     @property
@@ -206,6 +208,7 @@ class _LayerHooks:
                 raise NotImplementedError(f"the cache holds {past} tokens already; {WHOLE_SEQUENCES}")
         self.seen.clear()
         self.dense = None
+        self.joint.reset()
         if self.needs_dense:
             with self.simulation._timed():
                 self.dense = self.capture(module, args, kwargs)
@@ -226,10 +229,17 @@ class _LayerHooks:
         raise self.unreachable("attention call")
 
     def after_k_proj(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        return None if self.capturing else self.simulate(output, "key")
+        return None if self.capturing else self.after_projection(args, output, "key")
 
     def after_v_proj(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        return None if self.capturing else self.simulate(output, "value")
+        return None if self.capturing else self.after_projection(args, output, "value")
+
+    def after_projection(self, args: Any, output: torch.Tensor, kind: Kind) -> torch.Tensor | None:
+        """Keys or values alone, or what a method that takes both makes of them."""
+        if not self.policy.key.is_joint:
+            return self.simulate(output, kind)
+        self.seen.add(kind)
+        return self.joint.after(args, output, kind)
 
     def attend(
         self,
@@ -307,18 +317,48 @@ class _LayerHooks:
                 self.simulation.errors.add(self.layer.index, kind, x, out)
         return _NoGradient.apply(x, out) if torch.is_grad_enabled() and x.requires_grad else out
 
-    def _simulate(self, x: torch.Tensor, kind: Kind) -> torch.Tensor:
+    def simulate_pair(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [batch, tokens, channels] after a method that codes them together."""
+        with self.simulation._timed():
+            for x, kind in ((key, "key"), (value, "value")):
+                try:
+                    self.check(x, kind)  # type: ignore[arg-type]
+                except ValueError as error:
+                    raise ValueError(f"layer {self.layer.index} {kind}s: {error}") from error
+            tally = self.simulation.tally
+            try:
+                made = simulate_pair(key, value, self.policy, tally=tally, **self.where)
+                if self.policy.window:  # as in _simulate
+                    made = simulate_pair(key, value, self.policy_inside, **self.where)
+            except ValueError as error:
+                raise ValueError(f"layer {self.layer.index}: {error}") from error
+            if self.simulation._measure_errors:
+                self.simulation.errors.add(self.layer.index, "key", key, made[0])
+                self.simulation.errors.add(self.layer.index, "value", value, made[1])
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            return _NoGradient.apply(key, made[0]), _NoGradient.apply(value, made[1])
+        return made
+
+    def check(self, x: torch.Tensor, kind: Kind) -> None:
+        """Refuses what no method takes."""
         if x.ndim != 3:
             raise ValueError(f"shape {tuple(x.shape)}; expected [batch, tokens, channels]")
         if not self.policy.method_for(kind).refuses_nonfinite and not torch.isfinite(x).all():
             where = torch.nonzero(~torch.isfinite(x))[0].tolist()
             raise ValueError(f"{x[tuple(where)].item()} at [batch, token, channel] {where}; values must be finite")
-        where: dict[str, Any] = {
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What simulation wants to know of the layer."""
+        return {
             "head_dim": self.layer.head_dim,
             "layer": self.layer.index,
             "calibration": self.simulation._calibration,
         }
-        tally = self.simulation.tally
+
+    def _simulate(self, x: torch.Tensor, kind: Kind) -> torch.Tensor:
+        self.check(x, kind)
+        where, tally = self.where, self.simulation.tally
         if not self.policy.window:
             return simulate_tensor(x, self.policy, kind, tally=tally, **where)
         # What the cache costs after the last token: the window is dense and in no vector. Only the count is used.
