@@ -31,12 +31,15 @@ from kvpack.evaluate.texts import TextError, load_text
 TEXT = "TEXT"
 """Stands for the text of the command line."""
 CODEBOOKS = ("nuq4+1%+sink", "nuq3+1%+sink", "nuq2+1%+sink")
-BUDGETS = ("klt-3.4+sink", "klt-2.4+sink", "klt-2+sink")
+APART = ("klt-3.4+sink", "klt-2.4+sink", "klt-2+sink")
+TOGETHER = ("klt-3.4-joint+sink", "klt-2.4-joint+sink", "klt-2-joint+sink", "klt-1.5-joint+sink")
+BUDGETS = (*APART, *TOGETHER)
 SHAPES = (
-    "klt-4.4+sink", *BUDGETS, "klt-1.5+sink", "klt-2.4-fast+sink", "klt-2.4-fast-headsall+sink",
-    "k:klt-2.4-heads1+sink,v:klt-2.4+sink",
+    "klt-4.4+sink", *APART, "klt-1.5+sink", *TOGETHER, "klt-1.2-joint+sink",
+    "klt-2.4-fast+sink", "klt-2.4-fast-headsall+sink", "k:klt-2.4-heads1+sink,v:klt-2.4+sink",
+    "klt-2.4-fast-joint+sink", "klt-2.4-joint-heads1+sink",
 )  # fmt: skip
-AT_24 = ("klt-2.4+sink",)
+AT_24 = ("klt-2.4+sink", "klt-2.4-joint+sink")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ STAGES = {
     "baselines": Stage((TEXT,), 16, CODEBOOKS, _KVQUANT, ("nuq3+1%+sink", "nuq2+1%+sink")),
     "baselines-foreign": Stage(("pydoc",), 16, CODEBOOKS[1:], _KVQUANT),
     "own": Stage((TEXT,), 16, SHAPES, {}, AT_24),
+    "drawn": Stage((), 16, BUDGETS, _ONE_BLOCK | {"draw": 16}, AT_24),
+    "drawn-foreign": Stage(("pydoc",), 32, BUDGETS, _ONE_BLOCK | {"draw": 16}, AT_24),
     "foreign": Stage(("pydoc",), 16, BUDGETS, _ONE_BLOCK, AT_24),
     "mixed": Stage(_MIX, 32, BUDGETS, _ONE_BLOCK, AT_24),
     "local": Stage(_LOCAL, 32, BUDGETS, _ONE_BLOCK, BUDGETS[:2]),
