@@ -26,10 +26,10 @@ def calibrate_command(
         list[str] | None,
         typer.Option(
             help="pydoc, stdlib, licences, manuals, wikitext2, ptb, c4, with commas between; when neither this nor "
-            "--text is given pydoc, for klt pydoc and stdlib."
+            "--text is given pydoc, for klt pydoc, stdlib and what the model draws."
         ),
     ] = None,
-    nsamples: Annotated[int, typer.Option(help="Samples, over all texts together.")] = 16,
+    nsamples: Annotated[int, typer.Option(help="Samples, over all texts together and with those drawn.")] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens of a sample.")] = 2048,
     bits: Annotated[
         str | None,
@@ -61,9 +61,17 @@ def calibrate_command(
     ] = "all,1",
     shrinkage: Annotated[float, typer.Option(help="klt: how far Fisher matrices move to their diagonals.")] = 0.0,
     rows: Annotated[int, typer.Option(help="klt: at most so many tokens fit the codebooks.")] = 16384,
-    seed: Annotated[int, typer.Option(help="Decides which windows of the texts are drawn.")] = 0,
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="klt: so many of the samples the model draws itself, the texts give the rest; half when no text is "
+            "named, else 0.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides which windows of texts are taken, and what is drawn.")] = 0,
     whole_text: Annotated[
-        bool, typer.Option("--whole-text", help="Draw from all of a text, not only from its first part.")
+        bool, typer.Option("--whole-text", help="Take windows from all of a text, not only from its first part.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
     dtype: Annotated[
@@ -96,6 +104,7 @@ def calibrate_command(
             blocks=_parse_blocks(blocks),
             shrinkage=shrinkage,
             rows=rows,
+            draw=draw,
             seed=seed,
             whole_text=whole_text,
             resume=resume,

@@ -21,6 +21,8 @@ def print_calibration(console: Console, calibration: ModelCalibration) -> None:
         *(_describe_klt(header) if calibration.method == "klt" else _describe_codebooks(header)),
         ("samples", f"{header['nsamples']} x {header['seqlen']} tokens, seed {header['seed']}, {header['dtype']}"),
     ]
+    if header.get("drawn"):
+        rows.append(("drawn", f"{header['drawn']} of {header['nsamples']} samples drawn by the model"))
     for text in header["texts"]:
         first, last = text["tokens_used"]
         seen = f"{text['samples']} samples in tokens {first} to {last - 1} of {text['tokens']}"

@@ -30,3 +30,19 @@ class Recorder(Listener):
 
     def row(self, row: dict[str, Any]) -> None:
         self.rows.append((row["policy"], row["dataset"]))
+
+
+class Killed(BaseException):
+    """What KillAt ends a run with."""
+
+
+class KillAt(Listener):
+    """Ends a run at one of its steps, as a kill does: nothing more is written."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def step(self, text: str) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed

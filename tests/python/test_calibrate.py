@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from listeners import Recorder
+from listeners import KillAt, Killed, Recorder
 from saved_models import find_smollm2, save_tiny_model, write_words
 from tiny_models import make_model
 from typer.testing import CliRunner
@@ -26,7 +26,6 @@ from kvpack.calibrate.collect import Collector, value_weights
 from kvpack.calibrate.fit import FitOptions, fit_layer
 from kvpack.calibrate.spool import partial_path
 from kvpack.cli import app
-from kvpack.evaluate.listener import Listener
 from kvpack.models.layers import find_attention_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,22 +97,6 @@ def test_the_same_request_makes_the_same_bytes_and_another_seed_others(
         run(prepare(request_for(weights=weights, output=files[-1], seed=seed)))
     first, again, other = (file.read_bytes() for file in files)
     assert first == again and first != other
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(Listener):
-    """Ends a run at one of its steps, as a kill does: nothing more is written."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def step(self, text: str) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise Killed
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

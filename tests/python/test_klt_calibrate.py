@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from listeners import KillAt, Killed
 from saved_models import find_smollm2, save_tiny_model, write_words
 from typer.testing import CliRunner
 
@@ -95,20 +96,6 @@ def test_noise_finds_about_the_trace_that_gradients_find(request_for: Any, tmp_p
     assert np.corrcoef(np.log(numbers))[0, 1] > 0.8
     part = noise.parts[1, "key"]
     assert (part.importance == part.importance[0]).all() and part.importance[0] > 0
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(Listener):
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def step(self, text: str) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise Killed
 
 
 class Counting(Listener):
@@ -205,6 +192,13 @@ def test_gradients_that_are_not_finite_are_refused_with_their_layer(request_for:
         ({"rows": 0}, "rows is 0"),
         ({"blocks": ()}, "no size of blocks"),
         ({"blocks": (-1,)}, "heads of a block is -1"),
+        ({"draw": -1}, "draw is -1; it is a whole number of 0 to 5"),
+        ({"draw": SAMPLES + 1}, "draw is 6; it is a whole number of 0 to 5"),
+        ({"draw": True}, "draw is True"),
+        ({"draw": SAMPLES}, r"draw is 5 of 5 samples, which leaves none for /.*words.txt"),
+        ({"draw": SAMPLES, "text_files": (), "datasets": ("pydoc",)}, "leaves none for pydoc"),
+        ({"draw": 4, "text_files": ()}, "nsamples is 5, of which the model draws 4; 2 texts need at least one each"),
+        ({"draw": 1, "method": "codebook"}, "draw is 1, which method codebook has not; klt has it"),
     ],
 )
 def test_bad_input_is_refused_before_the_weights_are_loaded(request_for: Any, changes: dict, said: str) -> None:
@@ -213,8 +207,12 @@ def test_bad_input_is_refused_before_the_weights_are_loaded(request_for: Any, ch
 
 
 def test_a_mix_of_local_texts_is_the_default(request_for: Any) -> None:
-    plan = prepare(request_for(text_files=(), nsamples=8))
-    assert [(text["name"], text["samples"]) for text in plan.header["texts"]] == [("pydoc", 4), ("stdlib", 4)]
+    plan = prepare(request_for(text_files=(), nsamples=9))
+    assert [(text["name"], text["samples"]) for text in plan.header["texts"]] == [("pydoc", 3), ("stdlib", 2)]
+    assert plan.header["drawn"] == 4 and plan.header["nsamples"] == 9 and plan.samples.shape == (5, SEQLEN)
+    plan = prepare(request_for(text_files=(), nsamples=2))
+    assert plan.header["drawn"] == 0 and len(plan.header["texts"]) == 2, "every text keeps a sample"
+    assert prepare(request_for(text_files=(), datasets=("pydoc",))).header["drawn"] == 0
 
 
 def invoke(*arguments: object) -> Any:
@@ -245,6 +243,7 @@ def test_the_commands_write_a_file_and_say_what_matters_where(model_folder: Path
         (["--blocks", "some"], "blocks are 'some'"),
         (["--no-gradients", "--weights", "fisher"], "two answers"),
         (["--shrinkage", "2"], "shrinkage is 2.0"),
+        (["--draw", "17"], "draw is 17; it is a whole number of 0 to 16"),
     ],
 )
 def test_bad_options_are_one_message_and_exit_code_2(model_folder, words, tmp_path, arguments, said) -> None:
@@ -255,5 +254,6 @@ def test_bad_options_are_one_message_and_exit_code_2(model_folder, words, tmp_pa
 
 @pytest.mark.model
 def test_smollm2_is_calibrated(tmp_path: Path) -> None:
-    calibration = calibrate(str(find_smollm2()), tmp_path / "f", method="klt", nsamples=2, seqlen=128, blocks=(1,))
+    options = {"datasets": ("pydoc",), "nsamples": 2, "seqlen": 128, "blocks": (1,), "draw": 1}
+    calibration = calibrate(str(find_smollm2()), tmp_path / "f", method="klt", **options)
     assert len(calibration.sensitivities()) == 60

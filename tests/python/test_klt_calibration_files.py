@@ -81,7 +81,16 @@ def test_each_class_refuses_the_file_of_the_other_method(good: Path, tmp_path: P
         ({"layers": [0, 1, 2]}, ["lacks", "layers.2.joint"]),
         ({"bits": [2]}, ["bits"]),
         ({"sink": -1}, ["sink is -1"]),
-        ({"texts": []}, ["texts is []"]),
+        ({"texts": []}, ["texts is []", "drawn 0 of 3 samples"]),
+        ({"texts": [], "drawn": 2}, ["texts is []", "drawn 2 of 3 samples"]),
+        ({"texts": {}}, ["texts is {}"]),
+        ({"drawn": -1}, ["drawn is -1"]),
+        ({"drawn": 4}, ["drawn is 4", "nsamples, which is 3"]),
+        ({"drawn": True}, ["drawn is True"]),
+        ({"drawn": 1.0}, ["drawn is 1.0"]),
+        ({"drawn": "1"}, ["drawn is '1'"]),
+        ({"drawn": None}, ["drawn is None"]),
+        ({"drawn": [1]}, ["drawn is [1]"]),
         ({"model": {}}, ["model"]),
     ],
 )
@@ -90,6 +99,19 @@ def test_a_header_that_is_not_as_written_is_refused_with_the_field(good: Path, c
     message = refusal(write(good, header | changes, tensors))
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("changes", [{"drawn": 3, "texts": []}, {"drawn": 2}, {"drawn": 0}])
+def test_samples_that_the_model_draws_may_take_the_place_of_texts(good: Path, changes: dict) -> None:
+    header, tensors = read(good)
+    loaded = KltCalibration.load(write(good, header | changes, tensors))
+    assert loaded.settings()["drawn"] == changes["drawn"] and loaded.used_tokens("cd" * 32) is None
+
+
+def test_a_header_without_what_is_drawn_is_refused(good: Path) -> None:
+    header, tensors = read(good)
+    del header["drawn"]
+    assert "'drawn'" in refusal(write(good, header, tensors))
 
 
 PREFIX = "layers.1.value."

@@ -421,10 +421,18 @@ def test_bits_and_sensitivities_of_layers_are_drawn_where_there_are_some():
         static_table_bytes=8.8e6,
         static_table_tokens=382.0,
     )
-    told = {"method": "klt", "blocks": [1, 3], "weights": "noise", "sensitivities": make_layer_numbers("sensitivity")}
+    told = {
+        "method": "klt",
+        "nsamples": 16,
+        "drawn": 5,
+        "blocks": [1, 3],
+        "weights": "noise",
+        "sensitivities": make_layer_numbers("sensitivity"),
+    }
     page = render_report(make_results(make_row("fp16", 16, 0.0), row, calibration=told))
     assert "Bits of the keys by layer" in page and "Bits of the values by layer" in page
     assert "klt-2.4+sink 8.8 MB, as much as 382 tokens" in page
+    assert "5 of 16 samples drawn by the model" in page
     assert "How much each layer matters" in page and "All 4 layers, as numbers" in page
     assert "transforms of 1, 3 heads, errors weigh injected noise" in page
     without = render_report(make_results(make_row("fp16", 16, 0.0), make_row("int4", 4.1, 1.1)))

@@ -22,8 +22,9 @@ before weights are loaded.
 that its thresholds leave outside, `.sink` how many first tokens of a sample it left out; `.used_tokens(sha256)` says
 which tokens of a text it has seen, so that nobody measures on them.
 
-Who does what: files.py reads and writes, fingerprint.py tells models apart, plan.py checks a request, collect.py runs
-the model, spool.py keeps what it saw on disk, fit.py turns that into codebooks, run.py goes through all of it.
+Who does what: files.py reads and writes, fingerprint.py tells models apart, plan.py checks a request, draw.py lets the
+model write samples, collect.py runs it over all samples, spool.py keeps what it saw on disk, fit.py turns that into
+codebooks, run.py goes through all of it.
 """
 
 from kvpack.calibrate.base import CalibrationError, ModelCalibration

@@ -61,6 +61,7 @@ def check_header(header: Any, schema: Schema) -> None:
     for name, (is_valid, expected) in schema.fields.items():
         if not is_valid(header[name]):
             raise CalibrationError(f"{name} is {short(header[name])}; expected {expected}")
+    schema.check_together(header)
     ModelFingerprint.from_json(header["model"])
     for number, text in enumerate(header["texts"]):
         _check_text(text, f"texts[{number}]")
@@ -94,6 +95,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 500
 
 
+def _texts(fewest: int) -> _Field:
+    return lambda value: isinstance(value, list) and fewest <= len(value) <= 1000, "a list of texts"
+
+
 _SHARED: dict[str, _Field] = {
     "kvpack": (_is_text, "a version of kvpack"),
     "model": (lambda value: isinstance(value, dict), "an object"),
@@ -105,7 +110,7 @@ _SHARED: dict[str, _Field] = {
     "seed": _int(0, 2**63 - 1),
     "dtype": _choice("float32", "bfloat16", "float16"),
     "device": _choice("cpu", "cuda"),
-    "texts": (lambda value: isinstance(value, list) and 0 < len(value) <= 1000, "a list of texts"),
+    "texts": _texts(1),
 }
 
 
@@ -123,6 +128,7 @@ class Schema:
         weightings: what an error may weigh.
         fields: each with its check and with what the check expects, in words.
         own: names of those of the method itself.
+        check_together: refuses fields that do not go together, each of which can be.
     """
 
     name: str
@@ -130,6 +136,7 @@ class Schema:
     weightings: tuple[str, ...]
     fields: dict[str, _Field]
     own: tuple[str, ...]
+    check_together: Callable[[dict[str, Any]], None] = lambda header: None
 
 
 CODEBOOKS = Schema(
@@ -150,6 +157,15 @@ CODEBOOKS = Schema(
 )
 """Codebooks and thresholds, for nuq and +calibrated."""
 
+
+def _check_drawn(header: dict[str, Any]) -> None:
+    drawn, nsamples = header["drawn"], header["nsamples"]
+    if drawn > nsamples:
+        raise CalibrationError(f"drawn is {drawn}; expected at most nsamples, which is {nsamples}")
+    if not header["texts"] and drawn < nsamples:
+        raise CalibrationError(f"texts is [] and drawn {drawn} of {nsamples} samples; expected a text for the others")
+
+
 KLT = Schema(
     "kvpack-klt",
     2,
@@ -160,8 +176,11 @@ KLT = Schema(
         "shrinkage": (_share(0, 1 + 1e-9), "a share from 0 to 1"),
         "blocks": _ints(_LARGEST_COUNT, 16),
         "rows": _int(1, _LARGEST_COUNT),
+        "drawn": _int(0, _LARGEST_COUNT),
+        "texts": _texts(0),
     },
-    ("blocks", "shrinkage", "rows", "weights"),
+    ("blocks", "shrinkage", "rows", "weights", "drawn"),
+    _check_drawn,
 )
 """Bases, codebooks and distortions of transform coding, for klt."""
 

@@ -42,13 +42,23 @@ class KltRecipe(Recipe):
             raise ValueError("no size of blocks given; it is a number of heads, or all")
         for heads in request.blocks:
             check_int("heads of a block", heads, ALL_HEADS, 2**16)
+        if request.draw is not None:
+            check_int("draw", request.draw, 0, request.nsamples)
 
     def sink(self, request: Request) -> int:
         # The first token of a sequence looks like no other, and it stays exact.
         return max(1, request.sink)
 
+    def drawn(self, request: Request) -> int:
+        if request.draw is not None:
+            return request.draw
+        if request.text_files or request.datasets:
+            return 0
+        # Each of the built-in texts gives one sample at least.
+        return max(0, min(request.nsamples // 2, request.nsamples - len(self.datasets)))
+
     def header_fields(self, request: Request) -> dict[str, Any]:
-        return {"shrinkage": float(request.shrinkage), "rows": request.rows}
+        return {"shrinkage": float(request.shrinkage), "rows": request.rows, "drawn": self.drawn(request)}
 
     def fields_of_model(self, request: Request, loaded: LoadedModel) -> dict[str, Any]:
         heads = loaded.kv_heads

@@ -29,8 +29,8 @@ class Request:
         method: codebook (nuq, +calibrated) or klt (transform coding); each reads its own options of those below.
         text_files: UTF-8 files.
         datasets: names of texts.list_datasets; the method's own choice when this and text_files are empty.
-        nsamples: windows, over all texts together.
-        seqlen: tokens of a window.
+        nsamples: samples, over all texts together and with those that are drawn.
+        seqlen: tokens of a sample.
         bits: widths of codebooks, out of CODEBOOK_BITS.
         outlier_fraction: share of each vector outside the thresholds, half at each end.
         sink: this many first tokens of every sample are left out.
@@ -40,8 +40,10 @@ class Request:
         blocks: klt: heads of a block, 0 for all of a layer; one transform is fitted for each size.
         shrinkage: klt: how far Fisher matrices move towards their diagonals, 0 to 1.
         rows: klt: at most so many tokens fit the codebooks of a layer.
-        seed: decides which windows are drawn, and which query meets which key.
-        whole_text: draw windows from all of a text instead of its first part.
+        draw: klt: so many of nsamples the model draws itself, and the texts give the rest; None is half of them where
+            neither text_files nor datasets are given, else 0. All of them: no text is read, and none may be given.
+        seed: decides which windows are taken, what the model draws, and which query meets which key.
+        whole_text: take windows from all of a text instead of its first part.
         resume: go on with what an interrupted run left.
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu or cuda.
@@ -61,6 +63,7 @@ class Request:
     blocks: tuple[int, ...] = (0, 1)
     shrinkage: float = 0.0
     rows: int = 16384
+    draw: int | None = None
     method: str = "codebook"
     seed: int = 0
     whole_text: bool = False
@@ -76,7 +79,7 @@ class Plan:
     Attributes:
         request: as given.
         files, tokenizer, dtype, device: the model but for its weights.
-        samples: int64 [nsamples, seqlen].
+        samples: int64 [nsamples, seqlen], without those that the model draws until run has it draw them.
         recipe: of the method.
         header: of the file to be, but for what the weights say (`model`, `layers`, and `weights` where it is auto).
         output: where the file goes.
@@ -105,7 +108,7 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
     """
     listener = listener or Listener()
     recipe = _checked_recipe(request)
-    names = texts.choose_datasets(request.datasets, request.text_files, recipe.datasets)
+    names = _chosen_datasets(request, recipe)
     output, existing = _checked_output(request, listener)
     own_texts = texts.read_text_files(request.text_files)
     listener.stage("looking for the model")
@@ -117,8 +120,10 @@ def prepare(request: Request, listener: Listener | None = None) -> Plan:
     all_texts = [texts.load_text(name) for name in names] + own_texts
     listener.stage("loading the tokenizer")
     tokenizer = load.load_tokenizer(files)
+    if recipe.drawn(request):
+        _check_start_token(files, tokenizer)
     listener.stage("tokenising")
-    samples, described = _draw(all_texts, tokenizer, request)
+    samples, described = _take_windows(all_texts, tokenizer, request, recipe.drawn(request))
     header = _header(request, files, recipe, dtype, device, described)
     plan = Plan(request, files, tokenizer, dtype, device, samples, recipe, header, output, None, None)
     if request.resume:
@@ -155,17 +160,43 @@ def _checked_output(request: Request, listener: Listener) -> tuple[Path, ModelCa
     return output, existing
 
 
-def _draw(all_texts: list[texts.Text], tokenizer: Any, request: Request) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    drawn, described = [], []
-    counts = share_samples(request.nsamples, len(all_texts))
+def _chosen_datasets(request: Request, recipe: Recipe) -> list[str]:
+    """Names of the datasets to read: none where the model draws every sample."""
+    drawn = recipe.drawn(request)
+    if drawn < request.nsamples:
+        return texts.choose_datasets(request.datasets, request.text_files, recipe.datasets)
+    if given := [*request.datasets, *request.text_files]:
+        raise ValueError(
+            f"draw is {drawn} of {request.nsamples} samples, which leaves none for {', '.join(given)}: draw fewer, or "
+            "give no texts"
+        )
+    return []
+
+
+def _check_start_token(files: load.ModelFiles, tokenizer: Any) -> None:
+    from kvpack.calibrate.draw import choose_start_token
+
+    try:
+        choose_start_token(tokenizer, files.config)
+    except ValueError as error:
+        raise ValueError(f"{files.name}: {error}") from error
+
+
+def _take_windows(
+    all_texts: list[texts.Text], tokenizer: Any, request: Request, drawn: int
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The samples that texts give, those that are not drawn, and what the header says of each text."""
+    windows, described = [np.empty((0, request.seqlen), np.int64)], []
+    counts = share_samples(request.nsamples - drawn, len(all_texts))
     if 0 in counts:
-        raise ValueError(f"nsamples is {request.nsamples}; {len(all_texts)} texts need at least one each")
+        without = f", of which the model draws {drawn}" if drawn else ""
+        raise ValueError(f"nsamples is {request.nsamples}{without}; {len(all_texts)} texts need at least one each")
     for number, (text, count) in enumerate(zip(all_texts, counts, strict=True)):
         token_ids = texts.tokenize(text, tokenizer)
         samples = choose_samples(
             text.name, token_ids, count, request.seqlen, (request.seed, number), whole_text=request.whole_text
         )
-        drawn.append(samples.tokens)
+        windows.append(samples.tokens)
         described.append(
             {
                 "name": text.name,
@@ -175,7 +206,7 @@ def _draw(all_texts: list[texts.Text], tokenizer: Any, request: Request) -> tupl
                 "tokens_used": list(samples.used),
             }
         )
-    return np.concatenate(drawn), described
+    return np.concatenate(windows), described
 
 
 def _header(

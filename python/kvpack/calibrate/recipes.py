@@ -46,6 +46,10 @@ class Recipe(ABC):
         """First tokens of every sample that are left out."""
         return request.sink
 
+    def drawn(self, request: Request) -> int:
+        """How many of the samples the model draws itself."""
+        return 0
+
     @abstractmethod
     def header_fields(self, request: Request) -> dict[str, Any]:
         """The method's own fields of the header, but `weights`, as far as the request says them."""
@@ -91,6 +95,8 @@ class CodebookRecipe(Recipe):
         for bits in request.bits:
             check_choice("bits", bits, CODEBOOK_BITS)
         normal_fraction(request.outlier_fraction)
+        if request.draw:
+            raise ValueError(f"draw is {request.draw!r}, which method codebook has not; klt has it")
 
     def header_fields(self, request: Request) -> dict[str, Any]:
         return {

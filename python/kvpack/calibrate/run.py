@@ -34,7 +34,7 @@ def run(plan: Plan, listener: Listener | None = None) -> ModelCalibration:
     """Calibrates, keeping every sample and every layer on disk as soon as it is done, and writes the file.
 
     Raises:
-        CollectError: the model's keys, values or gradients are not finite; the layer is named.
+        CollectError: the model's keys, values, gradients or predictions are not finite; the layer is named.
         ValueError: the weights cannot be loaded, the disk is too small or cannot be written, another model to resume.
         NotImplementedError: the model's keys and values cannot be reached.
     """
@@ -100,6 +100,7 @@ def _check_disk(plan: Plan, loaded: load.LoadedModel, header: dict[str, Any]) ->
 def _calibrate(
     plan: Plan, loaded: load.LoadedModel, spool: Spool, header: dict[str, Any], listener: Listener
 ) -> dict[tuple[int, PartKind], Any]:
+    from kvpack.calibrate import draw
     from kvpack.calibrate.collect import Collector
 
     todo = [(layer, kind) for layer in header["layers"] for kind in plan.recipe.calibration.kinds]
@@ -107,7 +108,9 @@ def _calibrate(
     pending = [part for part in todo if parts[part] is None]
     per_sample = _SAMPLE_STEPS * (3 if header["weights"] == "fisher" else 1)
     steps = (plan.request.nsamples - spool.samples_done) * per_sample + len(pending)
+    steps += draw.remaining_steps(plan, loaded, spool, header)
     listener.begin(steps + plan.recipe.extra_steps(header, spool), "steps")
+    draw.add_drawn(plan, loaded, spool, header, listener)
     collects = plan.recipe.collects(header["weights"])
     with Collector(loaded.model, collects, sink=header["sink"], seed=header["seed"]) as collector:
         _collect(plan, collector, spool, listener, per_sample)

@@ -9,6 +9,7 @@ settings of the run in `settings.json` and the number of whole samples in `progr
     3.key.squares     float64 [samples, channels]; query weights of keys only
     3.key.fitted      a safetensors file with the result; the three above are gone then
     noise.json        what injected noise did, as far as it is measured; noise weights only
+    drawn.json        the samples that the model has drawn, all of them; only where it draws any
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from kvpack.methods import Kind
 What = Literal["states", "gradients", "squares"]
 
 _OWN_NAME = re.compile(
-    r"(settings|progress|noise)\.json|\d+\.(key|value|joint)\.(states|gradients|squares|fitted)"
+    r"(settings|progress|noise|drawn)\.json|\d+\.(key|value|joint)\.(states|gradients|squares|fitted)"
     r"|\..*\.(json|fitted)\..*"  # of write_whole, which a killed run leaves
 )
 _SLACK_BYTES = 64 << 20

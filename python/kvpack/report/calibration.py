@@ -27,6 +27,8 @@ def describe_calibration(results: Mapping[str, Any]) -> Iterator[tuple[str, str]
     if calibration.get("nsamples"):
         parts.append(f"{calibration['nsamples']} samples of {calibration.get('seqlen')} tokens")
     yield "calibration", ", ".join(parts)
+    if calibration.get("drawn"):
+        yield "calibration text", f"{calibration['drawn']} of {calibration.get('nsamples')} samples drawn by the model"
     for text in map(mapping, items(calibration.get("texts"))):
         if (used := _span(text.get("tokens_used"))) is not None:
             yield (
