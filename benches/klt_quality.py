@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from kvpack.calibrate import Request as CalibrationRequest
+from kvpack.calibrate import draw
 from kvpack.calibrate import prepare as prepare_calibration
 from kvpack.calibrate import run as run_calibration
 from kvpack.evaluate import Request, prepare, run
@@ -93,6 +94,7 @@ def main() -> None:
     """Runs the stages that are asked for and not done yet, then writes the table."""
     options = read_arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
+    draw.DOCUMENT = options.document
     if options.simulate_in_torch:
         replace_simulation()
     elif options.implementation:
@@ -120,6 +122,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--elsewhere", default="stdlib,licences,manuals", help="other texts; their second halves count")
     parser.add_argument("--elsewhere-segments", type=int, default=16)
     parser.add_argument("--divide-samples", type=int, default=1, help="for a quick look")
+    parser.add_argument("--document", type=int, default=draw.DOCUMENT, help="tokens of a document that the model draws")
     parser.add_argument("--simulate-in-torch", action="store_true")
     parser.add_argument(
         "--implementation", default="", help="of simulate_klt, such as cuda_mma; the default is the best"
