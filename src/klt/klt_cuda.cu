@@ -26,6 +26,8 @@ namespace {
 constexpr std::int64_t kChunkRows = 32768;
 
 enum class Arithmetic : std::int32_t { kChains, kMma, kWgmma };
+/// Whether its synthesis wants centroids as SplitFloat.
+constexpr bool wants_split(Arithmetic arithmetic) { return arithmetic == Arithmetic::kWgmma; }
 constexpr Arithmetic kFastest = Arithmetic::kWgmma;  // what the implementation "cuda" takes
 
 /// wgmma exists on Hopper, where the library holds code for it; elsewhere mma.sync takes its place.
@@ -50,16 +52,30 @@ class Factors {
     if (arithmetic == Arithmetic::kMma) split_ = tensor::launch_split(matrix, depth, columns, memory, stream);
     if (arithmetic == Arithmetic::kWgmma) blocks_ = wgmma::launch_split(matrix, depth, columns, memory, stream);
   }
-  /// `inputs`: that a row has in memory; those behind the depth are zeros.
-  template <typename T, typename Store>
-  void multiply(const ProductRows<T>& lhs, std::int32_t inputs, const Store& store) const {
+  template <typename T>
+  void multiply(const ProductRows<T>& lhs, const StoreSums& store) const {
     switch (arithmetic_) {
       case Arithmetic::kChains:
         return launch_chain_product<T>(lhs, matrix_, depth_, columns_, store, stream_);
       case Arithmetic::kMma:
         return launch_tensor_product<T>(lhs, split_, depth_, columns_, store, stream_);
       case Arithmetic::kWgmma:
-        return launch_wgmma_product<T>(lhs, blocks_, depth_, inputs, columns_, store, stream_);
+        return launch_wgmma_product<T>(lhs, blocks_, depth_, depth_, columns_, store, stream_);
+    }
+  }
+  /// Multiplies centroids as the codec left them: numbers, or split where wants_split() holds. Zeros behind the depth.
+  template <typename Store>
+  void multiply_centroids(float* values, std::int64_t pitch, std::int64_t rows, const Store& store) const {
+    const KltMatrix matrix{values, DType::kFloat32, 0, pitch, 1};
+    const TokenSpan span{0, std::max<std::int64_t>(rows, 1), 0, rows};
+    switch (arithmetic_) {
+      case Arithmetic::kChains:
+        return launch_chain_product<float>({matrix, span}, matrix_, depth_, columns_, store, stream_);
+      case Arithmetic::kMma:
+        return launch_tensor_product<float>({matrix, span}, split_, depth_, columns_, store, stream_);
+      case Arithmetic::kWgmma:
+        return launch_wgmma_product<SplitFloat>({matrix, span}, blocks_, depth_, static_cast<std::int32_t>(pitch),
+                                                columns_, store, stream_);
     }
   }
 
@@ -133,15 +149,17 @@ class Reservation {
 /// What a call needs besides its tensors: descriptions of the coefficients, one chunk's numbers, and what its products need.
 class Workplace {
  public:
-  /// Bytes that products need, and channels of a token in float32 before its rotation.
+  /// Bytes that products need, channels of a token in float32 before its rotation, and the form of centroids.
   struct Needs {
     std::int64_t analysis = 0;
     std::int64_t synthesis = 0;
     std::int32_t dense_channels = 0;
+    bool splits_centroids = false;
   };
   Workplace(const KltData& table, std::int64_t total_rows, const Needs& needs, cudaStream_t stream)
       : plan_(plan_rows(table.layout)),
         pitch_(round_up(std::max(table.coefficients, 1), 32)),
+        splits_centroids_(needs.splits_centroids),
         chunk_(std::min(std::max<std::int64_t>(total_rows, 1), kChunkRows)),
         coefficients_(reserved_.take<Coefficient>(plan_.layout.coded)),
         units_(reserved_.take<Unit>(plan_.units)),
@@ -174,20 +192,17 @@ class Workplace {
             bytes,
             tokens,
             first_row,
-            num_rows};
+            num_rows,
+            splits_centroids_};
   }
   [[nodiscard]] std::int64_t chunk() const { return chunk_; }
-  [[nodiscard]] std::int32_t pitch() const { return static_cast<std::int32_t>(pitch_); }
+  [[nodiscard]] std::int64_t pitch() const { return pitch_; }
   [[nodiscard]] StoreSums sums() const { return {at<float>(values_), pitch_}; }
   [[nodiscard]] unsigned char* analysis() const { return at<unsigned char>(analysis_); }
   [[nodiscard]] unsigned char* synthesis() const { return at<unsigned char>(synthesis_); }
   [[nodiscard]] float* dense() const { return at<float>(dense_); }
   [[nodiscard]] const float* scales() const { return at<float>(scales_); }
-  /// The chunk's centroids as rows of a product.
-  [[nodiscard]] ProductRows<float> values(std::int64_t rows) const {
-    return {
-        {at<float>(values_), DType::kFloat32, 0, pitch_, 1}, {0, std::max<std::int64_t>(rows, 1), 0, rows}, nullptr};
-  }
+  [[nodiscard]] float* values() const { return at<float>(values_); }
 
  private:
   template <typename T>
@@ -197,6 +212,7 @@ class Workplace {
 
   RowPlan plan_;
   std::int64_t pitch_;
+  bool splits_centroids_;
   std::int64_t chunk_;
   Reservation reserved_;
   std::int64_t coefficients_;  // places in memory_, as all up to it
@@ -230,22 +246,21 @@ void require_even(const KltRowsData& bytes) {
 /// Coefficients of a chunk into the workplace.
 void analyse(const KltMatrix& x, const TokenSpan& span, const KltData& table, const Factors& analysis,
              const Workplace& place) {
-  with_float_type(x.dtype, [&]<typename T>() {
-    analysis.multiply(ProductRows<T>{x, span, table.mean}, table.channels, place.sums());
-  });
+  with_float_type(x.dtype, [&]<typename T>() { analysis.multiply(ProductRows<T>{x, span, table.mean}, place.sums()); });
 }
 
 /// Centroids and scales in the workplace into tokens.
 void synthesise(const KltData& table, const Factors& synthesis, const Workplace& place, const KltRopeData& rope,
                 const KltMatrix& out, const TokenSpan& span, cudaStream_t stream) {
-  const ProductRows<float> values = place.values(span.rows);
-  const std::int32_t inputs = place.pitch();
+  const auto multiply = [&](const auto& store) {
+    synthesis.multiply_centroids(place.values(), place.pitch(), span.rows, store);
+  };
   with_float_type(out.dtype, [&]<typename T>() {
     if (rope.width == 0) {
-      synthesis.multiply(values, inputs, StoreTokens<T>{out, span, place.scales(), table.mean});
+      multiply(StoreTokens<T>{out, span, place.scales(), table.mean});
       return;
     }
-    synthesis.multiply(values, inputs, StoreScaled{place.dense(), table.channels, place.scales(), table.mean});
+    multiply(StoreScaled{place.dense(), table.channels, place.scales(), table.mean});
     const int blocks = grid_blocks(divide_up(span.rows * table.channels, 256));
     rotate_kernel<T><<<blocks, 256, 0, stream>>>(place.dense(), rope, out, span, table.channels);
     check_cuda(cudaGetLastError(), "launch the rotation of keys");
@@ -275,7 +290,8 @@ void unpack(const UnpackKltProblem& problem, Arithmetic wanted) {
   const KltData& table = problem.table;
   const Workplace place(table, problem.sequences * problem.tokens,
                         {.synthesis = Factors::bytes(arithmetic, table.layout.coded, table.channels),
-                         .dense_channels = problem.rope.width > 0 ? table.channels : 0},
+                         .dense_channels = problem.rope.width > 0 ? table.channels : 0,
+                         .splits_centroids = wants_split(arithmetic)},
                         stream);
   const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, place.synthesis(), stream);
   for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
@@ -302,7 +318,8 @@ void simulate(const SimulateKltProblem& problem, Arithmetic wanted) {
   if (tokens == 0) return;
   const Workplace place(table, problem.sequences * tokens,
                         {.analysis = Factors::bytes(arithmetic, table.channels, table.coefficients),
-                         .synthesis = Factors::bytes(arithmetic, table.layout.coded, table.channels)},
+                         .synthesis = Factors::bytes(arithmetic, table.layout.coded, table.channels),
+                         .splits_centroids = wants_split(arithmetic)},
                         stream);
   const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, place.analysis(), stream);
   const Factors synthesis(arithmetic, table.synthesis, table.layout.coded, table.channels, place.synthesis(), stream);

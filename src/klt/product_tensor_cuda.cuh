@@ -13,6 +13,7 @@
 #include "cuda/check.h"
 #include "cuda/launch.h"
 #include "cuda/mma.cuh"
+#include "cuda/split_float.cuh"
 #include "klt/tokens_cuda.cuh"
 
 namespace kvpack::cuda {
@@ -29,20 +30,6 @@ constexpr int kLineBytes = 80;  // of 32 inputs: 16 bytes more than they take, s
 constexpr int kSideBytes = kTile * kLineBytes;
 constexpr int kStageBytes = 4 * kSideBytes;  // rows hi, rows lo, matrix hi, matrix lo
 constexpr int kStages = 2;
-
-/// Both halves of a pair of numbers.
-struct SplitPair {
-  std::uint32_t high;
-  std::uint32_t low;
-};
-
-__device__ inline std::uint32_t bits_of(__nv_bfloat162 pair) { return *reinterpret_cast<std::uint32_t*>(&pair); }
-
-__device__ inline SplitPair split_pair(float a, float b) {
-  const __nv_bfloat162 high = __floats2bfloat162_rn(a, b);
-  const float2 rounded = __bfloat1622float2(high);
-  return {bits_of(high), bits_of(__floats2bfloat162_rn(a - rounded.x, b - rounded.y))};
-}
 
 /// Splits a matrix [depth, columns] and turns it, so that inputs lie next to each other: [columns, depth], both filled up
 /// with zeros to whole tiles.

@@ -1,9 +1,10 @@
 // The products of transform-coded rows on Hopper: the arithmetic of product_tensor_cuda.cuh (three products of bfloat16) by
-// wgmma. Rows go from memory through registers into the tensor cores, where they are centred and split; the matrix comes
-// split, in the order of shared memory, from split_blocks_kernel by the copy engine.
+// wgmma. Rows go from memory through registers, where they are centred and split unless the codec has split them, into the
+// tensor cores; the matrix comes split, in the order of shared memory, from split_blocks_kernel by the copy engine.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/divide_up.h"
 #include "cuda/bulk_copy.cuh"
@@ -13,7 +14,8 @@
 #include "cuda/reduce.cuh"
 #include "cuda/shared_store.cuh"
 #include "cuda/wgmma_columns.cuh"
-#include "klt/product_tensor_cuda.cuh"
+#include "klt/lane_inputs_cuda.cuh"
+#include "klt/store_tile_cuda.cuh"
 
 namespace kvpack::cuda {
 
@@ -28,8 +30,6 @@ inline int device_number(cudaDeviceAttr attribute) {
   return value;
 }
 
-constexpr int kDepth = 64;      // inputs of a step: 128 bytes of bfloat16
-constexpr int kQuads = 4;       // instructions of 16 inputs in a step; a lane has 4 neighbouring inputs of each
 constexpr int kGroupRows = 64;  // rows of a warpgroup
 constexpr int kGroupThreads = 128;
 constexpr int kEightBytes = 1024;  // 8 columns x 64 inputs
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(128)
     std::uint32_t lows[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const tensor::SplitPair pair = tensor::split_pair(values[8 * half + 2 * i], values[8 * half + 2 * i + 1]);
+      const SplitPair pair = split_pair(values[8 * half + 2 * i], values[8 * half + 2 * i + 1]);
       highs[i] = pair.high;
       lows[i] = pair.low;
     }
@@ -82,94 +82,6 @@ __global__ void __launch_bounds__(128)
     *reinterpret_cast<uint4*>(low + place) = make_uint4(lows[0], lows[1], lows[2], lows[3]);
   }
 }
-
-/// Four neighbouring inputs of a row as they lie in memory; doubles are rounded at once.
-template <typename T>
-struct Quad {
-  float4 values;
-  __device__ void clear() { values = make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
-  __device__ void load(const T* source) {
-    if constexpr (sizeof(T) == 4) {
-      values = *reinterpret_cast<const float4*>(source);
-    } else {
-      values = make_float4(element_value(source[0]), element_value(source[1]), element_value(source[2]),
-                           element_value(source[3]));
-    }
-  }
-  __device__ void set(const float (&elements)[4]) {
-    values = make_float4(elements[0], elements[1], elements[2], elements[3]);
-  }
-  [[nodiscard]] __device__ float4 floats() const { return values; }
-  static __device__ float raw(T element) { return element_value(element); }
-};
-
-/// Of 16-bit types the bits, so that four of them wait in two registers.
-template <typename T>
-struct HalfQuad {
-  uint2 words;
-  __device__ void clear() { words = make_uint2(0u, 0u); }
-  __device__ void load(const T* source) { words = *reinterpret_cast<const uint2*>(source); }
-  __device__ void set(const std::uint32_t (&bits)[4]) {
-    words = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
-  }
-  [[nodiscard]] __device__ float4 floats() const {
-    return make_float4(value(words.x & 0xffffu), value(words.x >> 16), value(words.y & 0xffffu), value(words.y >> 16));
-  }
-  static __device__ float value(std::uint32_t bits) { return element_value(T{static_cast<std::uint16_t>(bits)}); }
-  static __device__ std::uint32_t raw(T element) { return element.bits; }
-};
-template <>
-struct Quad<Half> : HalfQuad<Half> {};
-template <>
-struct Quad<BFloat16> : HalfQuad<BFloat16> {};
-
-/// What a lane has of a step of its two rows, fetched while the step before is multiplied.
-template <typename T>
-struct LaneInputs {
-  Quad<T> quads[2][kQuads];
-
-  /// `sources` are tokens, null beyond the last row; `first` the lane's first input of the step.
-  __device__ void fetch(const T* const (&sources)[2], std::int64_t stride, std::int32_t first, std::int32_t inputs,
-                        bool is_plain) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-        const std::int32_t input = first + 16 * j;
-        if (sources[r] == nullptr || input >= inputs) {
-          quads[r][j].clear();
-        } else if (is_plain) {
-          quads[r][j].load(sources[r] + input);
-        } else {
-          decltype(Quad<T>::raw(T{})) elements[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            elements[i] = input + i < inputs ? Quad<T>::raw(sources[r][(input + i) * stride]) : Quad<T>::raw(T{});
-          }
-          quads[r][j].set(elements);
-        }
-      }
-    }
-  }
-
-  /// Centres and splits into fragments of A; `mean` points to the mean of the lane's first input.
-  __device__ void split(const float* mean, std::uint32_t (&high)[kQuads][4], std::uint32_t (&low)[kQuads][4]) const {
-#pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      const float4 m = *reinterpret_cast<const float4*>(mean + 16 * j);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float4 x = quads[r][j].floats();
-        const tensor::SplitPair lower = tensor::split_pair(x.x - m.x, x.y - m.y);
-        const tensor::SplitPair upper = tensor::split_pair(x.z - m.z, x.w - m.w);
-        high[j][r] = lower.high;
-        high[j][r + 2] = upper.high;
-        low[j][r] = lower.low;
-        low[j][r + 2] = upper.low;
-      }
-    }
-  }
-};
 
 /// Places in a block's shared memory, all from one multiple of 1024 on.
 template <int kColumns>
@@ -275,26 +187,6 @@ __device__ inline void find_sources(const ProductRows<T>& lhs, std::int64_t firs
   }
 }
 
-/// Hands the sums of a lane over, of rows and columns that exist.
-template <int kColumns, typename Store>
-__device__ inline void store_tile(const float (&sums)[kColumns / 8][4], std::int64_t first_row, std::int64_t rows,
-                                  std::int32_t first_column, std::int32_t columns, const Store& store) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (first_row + 8 * r >= rows) return;
-    const auto line = store.at(first_row + 8 * r);
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const std::int32_t column = first_column + 8 * n;
-      if (column + 1 < columns) {
-        line.pair(column, sums[n][2 * r], sums[n][2 * r + 1]);
-      } else if (column < columns) {
-        line.one(column, sums[n][2 * r]);
-      }
-    }
-  }
-}
-
 /// Multiplies a warpgroup's rows of tile after tile.
 template <typename T, typename Store, int kGroups, int kColumns>
 __device__ inline void multiply_tiles(const ProductRows<T>& lhs, const Shape& shape, const Store& store,
@@ -328,23 +220,39 @@ __device__ inline void multiply_tiles(const ProductRows<T>& lhs, const Shape& sh
       if (waits_for_other && thread < kGroupThreads) sync_some_threads(1, 2 * kGroupThreads);
       waits_for_other = false;
     }
-    store_tile<kColumns>(sums, row_of(tile), lhs.span.rows,
-                         static_cast<std::int32_t>(tile % shape.column_blocks) * kColumns + lane % 4 * 2, shape.columns,
-                         store);
+    store_tile(sums, row_of(tile), lhs.span.rows, static_cast<std::int32_t>(tile % shape.column_blocks) * kColumns,
+               shape.columns, store);
+  }
+}
+
+/// Rows that are split already have no mean.
+template <typename T>
+constexpr bool kCentres = !std::is_same_v<T, SplitFloat>;
+
+/// Bytes of shared memory for the means that a product reads for every tile: one that is subtracted, one that is added.
+template <typename T, typename Store>
+std::int64_t mean_bytes(std::int32_t depth, std::int32_t padded_columns) {
+  return 4 * ((kCentres<T> ? round_up(depth, kDepth) : 0) + (Store::kAddsMean ? padded_columns : 0));
+}
+
+/// A mean into shared memory, zeros behind it; null stands for zeros.
+__device__ inline void copy_mean(const float* mean, std::int32_t count, std::int64_t padded, float* shared) {
+  for (auto i = static_cast<std::int32_t>(threadIdx.x); i < padded; i += static_cast<std::int32_t>(blockDim.x)) {
+    shared[i] = mean != nullptr && i < count ? mean[i] : 0.0f;
   }
 }
 
 /// Multiplies rows with a split matrix.
 ///
 ///   block        kGroups x 64 rows x kColumns; a warpgroup more brings the matrix
-///   warpgroup    | row's 64 inputs -> registers, - mean, high | low | x stage: high | low -> sums
+///   warpgroup    | row's 64 inputs -> registers, - mean, high | low (or both from memory) | x stage: high | low -> sums
 ///   two groups   0 multiplies | 0 splits, 1 multiplies | 0 multiplies, 1 splits | ... half a step apart from the start on
 ///
 /// Launch  as many blocks as multiprocessors, or fewer; kGroups * 128 + 128 threads
 /// Work    tiles blockIdx.x, blockIdx.x + gridDim.x, ...; those of the same rows are neighbours, so that rows come from the cache
 /// Reads   each row once per block of columns, the matrix once per block of rows
 /// Writes  each output once, through `store`
-/// Needs   Stages::kAllBytes + kBarrierBytes + 1024 of dynamic shared memory and 4 bytes for each input, filled up to steps
+/// Needs   Stages::kAllBytes + kBarrierBytes + 1024 + mean_bytes() of dynamic shared memory
 template <typename T, typename Store, int kGroups, int kColumns>
 __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
     product_kernel(ProductRows<T> lhs, SplitBlocks matrix, Shape shape, Store store) {
@@ -356,8 +264,11 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
   const Memory stages{address + gap};
   auto* mean = reinterpret_cast<float*>(shared + gap + Memory::kAllBytes + Memory::kBarrierBytes);
   const int thread = static_cast<int>(threadIdx.x);
-  for (std::int32_t i = thread; i < round_up(shape.depth, kDepth); i += static_cast<std::int32_t>(blockDim.x)) {
-    mean[i] = lhs.mean != nullptr && i < shape.depth ? lhs.mean[i] : 0.0f;
+  if constexpr (kCentres<T>) copy_mean(lhs.mean, shape.depth, round_up(shape.depth, kDepth), mean);
+  if constexpr (Store::kAddsMean) {
+    float* added = mean + (kCentres<T> ? round_up(shape.depth, kDepth) : 0);
+    copy_mean(store.mean, shape.columns, shape.column_blocks * kColumns, added);
+    store.mean = added;
   }
   if (thread == 0) {
     for (int stage = 0; stage < Memory::kCount; ++stage) {

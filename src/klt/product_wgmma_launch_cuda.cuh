@@ -49,8 +49,8 @@ void launch_tiles(const ProductRows<T>& lhs, const SplitBlocks& matrix, Shape sh
   using Memory = Stages<kColumns>;
   shape.column_blocks = static_cast<std::int32_t>(divide_up(shape.columns, kColumns));
   shape.tiles = divide_up(lhs.span.rows, kGroups * kGroupRows) * shape.column_blocks;
-  const auto mean_bytes = static_cast<std::uint32_t>(4 * round_up(shape.depth, kDepth));
-  const auto bytes = static_cast<int>(1024 + Memory::kAllBytes + Memory::kBarrierBytes + mean_bytes);
+  const std::int64_t means = mean_bytes<T, Store>(shape.depth, shape.column_blocks * kColumns);
+  const auto bytes = static_cast<int>(1024 + Memory::kAllBytes + Memory::kBarrierBytes + means);
   const auto kernel = product_kernel<T, Store, kGroups, kColumns>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
              "reserve shared memory for the product of transform-coded rows");

@@ -31,10 +31,14 @@ struct ProductRows {
   const float* mean = nullptr;  // [depth], or null: 0
 };
 
-// Where sums go: at(row) prepares a row, and what it returns takes single sums and pairs of neighbouring columns.
+// Where sums go: at(row) prepares a row, and what it returns takes single sums and pairs of neighbouring columns. kAddsMean: its
+// mean may be replaced by a nearer copy. kHasChunks: where takes_chunks() holds, 8 columns can be written at once, as
+// the words of 4 pairs.
 
 /// Keeps sums as they are.
 struct StoreSums {
+  static constexpr bool kAddsMean = false;
+  static constexpr bool kHasChunks = false;
   float* sums;  // [rows, pitch], pitch even
   std::int64_t pitch;
   struct Line {
@@ -49,6 +53,8 @@ struct StoreSums {
 
 /// mean + r * sum, as float32 for what comes after.
 struct StoreScaled {
+  static constexpr bool kAddsMean = true;
+  static constexpr bool kHasChunks = false;
   float* out;  // [rows, pitch]
   std::int64_t pitch;
   const float* scales;  // [rows]
@@ -69,6 +75,8 @@ struct StoreScaled {
 /// The same, rounded to the type of the tokens that are wanted.
 template <typename T>
 struct StoreTokens {
+  static constexpr bool kAddsMean = true;
+  static constexpr bool kHasChunks = sizeof(T) == 2;
   KltMatrix out;
   TokenSpan span;
   const float* scales;  // [rows]
@@ -91,12 +99,24 @@ struct StoreTokens {
         one(column + 1, b);
         return;
       }
+      *reinterpret_cast<Pair*>(token + column) = elements({mean[column], mean[column + 1]}, a, b);
+    }
+    [[nodiscard]] __device__ Pair elements(float2 means, float a, float b) const {
       Pair both;
-      set_element(__fmaf_rn(scale, a, mean[column]), both.elements[0]);
-      set_element(__fmaf_rn(scale, b, mean[column + 1]), both.elements[1]);
-      *reinterpret_cast<Pair*>(token + column) = both;
+      set_element(__fmaf_rn(scale, a, means.x), both.elements[0]);
+      set_element(__fmaf_rn(scale, b, means.y), both.elements[1]);
+      return both;
+    }
+    [[nodiscard]] __device__ std::uint32_t word(float2 means, float a, float b) const {
+      const Pair both = elements(means, a, b);
+      return both.elements[0].bits | static_cast<std::uint32_t>(both.elements[1].bits) << 16;
     }
   };
+  /// The same for all rows.
+  [[nodiscard]] __device__ bool takes_chunks(std::int32_t columns) const {
+    return out.channel_stride == 1 && columns % 8 == 0 && out.token_stride % 8 == 0 && out.sequence_stride % 8 == 0 &&
+           reinterpret_cast<std::uintptr_t>(out.data) % 16 == 0;
+  }
   __device__ Line at(std::int64_t row) const {
     T* token = token_of<T>(out, span, row);
     const bool takes_pairs = out.channel_stride == 1 && reinterpret_cast<std::uintptr_t>(token) % sizeof(Pair) == 0;

@@ -68,14 +68,19 @@ inline void launch_expand(const Parts& parts, cudaStream_t stream) {
   // A block fills its shared memory once, so few blocks with many rows each are enough.
   constexpr int kMostBlocks = 132 * 6;  // six for each multiprocessor of the largest GPUs
   const std::int32_t token_bytes = 4 * (row_words(parts.plan) + 1);
-  std::int32_t shared = parts.plan.centroids <= kMostSharedCentroids ? parts.plan.centroids : 0;
-  const Sharing sharing = choose_sharing(parts.num_rows, token_bytes, 4 * shared);
-  if (sharing == Sharing::kOneABlock) shared = 0;  // most would not be used
-  with_sharing(sharing, parts.num_rows, shared > 0 ? kMostBlocks : kAnyBlocks,
-               [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
-                 const int bytes = 4 * shared + block_tokens * token_bytes;
-                 expand_kernel<kTokens, kTeam><<<blocks, kThreads, bytes, stream>>>(parts, shared);
-               });
+  const auto centroid_bytes = static_cast<std::int32_t>(4 * round_up(parts.plan.centroids, 4));
+  const bool fit = parts.plan.centroids <= kMostSharedCentroids;
+  const Sharing sharing = choose_sharing(parts.num_rows, token_bytes, fit ? centroid_bytes : 0);
+  if (fit && sharing != Sharing::kOneABlock) {  // where few tokens would not use most of them
+    with_sharing(sharing, parts.num_rows, kMostBlocks, [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
+      const int bytes = centroid_bytes + block_tokens * token_bytes;
+      expand_kernel<kTokens, kTeam, true><<<blocks, kThreads, bytes, stream>>>(parts);
+    });
+    return;
+  }
+  with_sharing(sharing, parts.num_rows, kAnyBlocks, [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
+    expand_kernel<kTokens, kTeam, false><<<blocks, kThreads, block_tokens * token_bytes, stream>>>(parts);
+  });
 }
 
 }  // namespace rows

@@ -8,22 +8,21 @@
 
 namespace kvpack::cuda {
 
-/// Everything about one coded coefficient, made once per call.
+/// Everything about one coded coefficient, made once per call; the first 16 bytes are what reading its code takes.
 struct alignas(16) Coefficient {
   std::int32_t first_centroid;
+  std::uint32_t place_inverse;  // of base^digit_place: see inverse_of()
+  std::int16_t field_bit;       // of the row where its low bits are; -1: none
+  std::int16_t digit_bit;       // of the row where its group of digits is; -1: none
+  std::int8_t low_bits;
+  std::int8_t digit_section;
+  std::int8_t group_bits;
+  std::int8_t digit_place;       // in its group
   std::int32_t first_boundary;   // boundary j lies at first_boundary + j * boundary_stride
   std::int16_t boundary_stride;  // coefficients of the same number of levels
   std::int16_t levels;
-  std::int16_t field_bit;    // of the row where its low bits are; -1: none
   std::int16_t field_piece;  // their place among all pieces of a token
-  std::int16_t digit_bit;    // of the row where its group of digits is; -1: none
   std::int16_t digit_piece;
-  std::int8_t low_bits;
-  std::int8_t digit_section;
-  std::int8_t digit_place;  // in its group
-  std::int8_t group_bits;
-  std::uint32_t place_inverse;  // of base^digit_place and of the base: see inverse_of()
-  std::uint32_t base_inverse;
 };
 
 /// A piece of a row that one lane puts together: neighbouring fields of a section, or a group of digits. At most 17 bits:
@@ -39,6 +38,14 @@ struct alignas(8) Unit {
 /// Turns division by 2 to 16807 into a product: number / divisor = floor(number * inverse / 2^31) for numbers below 2^17.
 KVPACK_HOST_DEVICE constexpr std::uint32_t inverse_of(std::uint32_t divisor) {
   return (0x80000000u + divisor - 1u) / divisor;
+}
+
+/// The inverse of a section's base, without a table in memory.
+KVPACK_HOST_DEVICE constexpr std::uint32_t base_inverse(std::int32_t section) {
+  constexpr std::uint32_t kOf3 = inverse_of(klt_rows::digit_base(0));
+  constexpr std::uint32_t kOf5 = inverse_of(klt_rows::digit_base(1));
+  constexpr std::uint32_t kOf7 = inverse_of(klt_rows::digit_base(2));
+  return section == 0 ? kOf3 : (section == 1 ? kOf5 : kOf7);
 }
 
 /// Fields of a section that a unit takes.
@@ -164,7 +171,6 @@ __global__ void __launch_bounds__(kThreads)
         std::uint32_t power = 1;
         for (std::int32_t i = 0; i < digit % full; ++i) power *= static_cast<std::uint32_t>(klt_rows::digit_base(s));
         result.place_inverse = inverse_of(power);
-        result.base_inverse = inverse_of(static_cast<std::uint32_t>(klt_rows::digit_base(s)));
         result.digit_bit =
             static_cast<std::int16_t>(plan.layout.first_digit_bit[s] + group * klt_rows::group_bits(s, full));
         result.group_bits =
