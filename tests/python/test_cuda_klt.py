@@ -130,17 +130,83 @@ def test_products_stay_within_the_bound(implementation, name):
             slack = 2 * bound[t, k] / scale + 1e-6 * (abs(z[t, k]) / scale + np.abs(centroids).max())
             assert distances[code] <= distances.min() + slack, (t, k)
             first += count
+    exact, limit = exact_tokens(table, rows)
     unpacked = unpack_klt(rows, on_gpu).cpu().double().numpy()
-    values = np.empty((tokens, len(levels)))
-    row_scales = np.empty(tokens)
-    for t, row in enumerate(rows.blocks[0].cpu().numpy()):
-        row_scales[t], codes = decode_row(row.tobytes(), levels)
-        starts = np.cumsum([0, *levels[:-1]])
-        values[t] = table.centroids[starts + codes]
-    exact = table.mean + row_scales[:, None] * (values @ table.synthesis.astype(np.float64))
+    assert (np.abs(unpacked - exact) <= limit).all()
+
+
+def exact_tokens(table, rows):
+    """What rows stand for in float64, and how far a GPU's floats may lie from it (docs/decisions/0007)."""
+    levels = table.levels[table.levels > 1].tolist()
+    starts = np.cumsum([0, *levels[:-1]])
+    decoded = [decode_row(row.tobytes(), levels) for row in rows.blocks[0].cpu().numpy()]
+    scales = np.array([[scale] for scale, _ in decoded])
+    values = np.stack([table.centroids[starts + codes] for _, codes in decoded])
+    synthesis = table.synthesis.astype(np.float64)
+    exact = table.mean + scales * (values @ synthesis)
     unit = 3 * 2.0**-18 + (3 * len(levels) + 32) * 2.0**-23
-    limit = unit * row_scales[:, None] * (np.abs(values) @ np.abs(table.synthesis.astype(np.float64)))
-    assert (np.abs(unpacked - exact) <= limit + 2.0**-22 * (np.abs(exact) + np.abs(table.mean))).all()
+    limit = unit * scales * (np.abs(values) @ np.abs(synthesis))
+    return exact, limit + 2.0**-22 * (np.abs(exact) + np.abs(table.mean))
+
+
+def on_gpu_with(implementation, function):
+    """Runs something with an implementation of CUDA, and tells the kernels that it started."""
+    ops.force_implementation(implementation)
+    try:
+        function()  # the profiler may miss the first kernels of a process
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            result = function()
+            torch.cuda.synchronize()
+        assert ops.last_implementation() == implementation
+    finally:
+        ops.force_implementation("")
+    return result, " ".join(event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("name", ["one more than a tile", "SmolLM2", "large"])
+def test_both_tensor_core_products_agree(name, tokens):
+    """Both add the same products, 16 inputs after 16; how an instruction adds its 16 is the hardware's.
+
+    So codes next to a boundary may differ, and floats by both their bounds.
+    """
+    tables = make_tables(name).to("cuda")
+    x = fill("normal", tokens, tables.channels, torch.float32).cuda()
+    mma, kernels = on_gpu_with("cuda_mma", lambda: compress_klt(x, tables))
+    assert "tensor::product_kernel" in kernels and "wgmma::product_kernel" not in kernels
+    wgmma, _ = on_gpu_with("cuda", lambda: compress_klt(x, tables))
+    differ = (mma.blocks[0] != wgmma.blocks[0]).float().mean().item()
+    assert differ <= 0.002, f"{differ} of the bytes differ"
+    _, limit = exact_tokens(make_tables(name).blocks[0], mma)
+    a, _ = on_gpu_with("cuda_mma", lambda: unpack_klt(mma, tables, out=torch.empty_like(x)))
+    b, _ = on_gpu_with("cuda", lambda: unpack_klt(mma, tables, out=torch.empty_like(x)))
+    assert (np.abs((a.double() - b.double()).cpu().numpy()) <= 2 * limit).all()
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("SmolLM2", 1), ("SmolLM2", 20000), ("large", 9000)])
+def test_hopper_multiplies_with_wgmma(name, tokens):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma exists on Hopper alone")
+    tables = make_tables(name).to("cuda")
+    x = torch.randn(tokens, tables.channels).half().cuda()
+    rows, analysis = on_gpu_with("cuda", lambda: compress_klt(x, tables))
+    _, synthesis = on_gpu_with("cuda", lambda: unpack_klt(rows, tables, out=x))
+    _, both = on_gpu_with("cuda", lambda: simulate_klt(x, tables))
+    for kernels in (analysis, synthesis, both):
+        assert "wgmma::product_kernel" in kernels and "tensor::product_kernel" not in kernels, kernels
+
+
+@pytest.mark.parametrize("padding", [0, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bits_do_not_depend_on_how_tokens_are_stored(implementation, dtype, padding):
+    """Where rows allow, tokens are written 16 bytes at a time."""
+    tables = make_tables("SmolLM2").to("cuda")
+    rows = compress_klt(torch.randn(333, 192, generator=torch.Generator().manual_seed(1)).cuda(), tables)
+    expected = unpack_klt(rows, tables, out=torch.empty(192, 333, dtype=dtype, device="cuda").t())
+    whole = torch.full((333, 192 + padding), 7.0, dtype=dtype, device="cuda")
+    unpack_klt(rows, tables, out=whole[:, padding:])
+    assert_same_bits(expected.contiguous(), whole[:, padding:].contiguous(), "16 bytes at a time")
+    assert (whole[:, :padding] == 7.0).all()
 
 
 @pytest.mark.parametrize("protected", [0, 1, 40])
