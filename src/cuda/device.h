@@ -1,4 +1,4 @@
-// The device an operation runs on: that of its memory, whatever device the thread has current.
+// The device an operation runs on: that of its memory, whatever device the thread has current. And what that device can do.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,5 +30,14 @@ class DeviceGuard {
  private:
   int previous_ = 0;
 };
+
+/// What the current device has or can do.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  check_cuda(cudaGetDevice(&device), "tell the current device");
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "tell what a device can do");
+  return value;
+}
 
 }  // namespace kvpack::cuda

@@ -88,24 +88,6 @@ __device__ inline std::uint64_t wgmma_columns_tile(std::uint32_t address) {
   return kSwizzle128 | kEightColumns << 32 | kEightColumns << 16 | (address & 0x3ffffu) >> 4;
 }
 
-/// Waits for all products that this warpgroup began.
-__device__ inline void wgmma_columns_end() {
-#if KVPACK_HAS_WGMMA
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
-}
-
-/// Tells the compiler that registers change here, so that it moves no reads of them across.
-template <int kTiles>
-__device__ inline void hold_sums(float (&d)[kTiles][4]) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
-  }
-}
-
 #undef KVPACK_WGMMA
 #undef KVPACK_NAMES_0
 #undef KVPACK_NAMES_1

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/check.h"
+#include "cuda/device.h"
 #include "flatquant/kron_kernel_cuda.cuh"
 
 namespace kvpack::cuda {
@@ -15,13 +16,6 @@ namespace kvpack::cuda {
 bool launch_kron_mma(const KronQuantizeProblem& problem);
 bool launch_kron_wgmma_float16(const KronQuantizeProblem& problem);
 bool launch_kron_wgmma_bfloat16(const KronQuantizeProblem& problem);
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check_cuda(cudaGetDevice(&device), "tell the current device");
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "tell what a device can do");
-  return value;
-}
 
 constexpr std::int32_t round_up(std::int64_t count, std::int32_t size) {
   return static_cast<std::int32_t>((count + size - 1) / size * size);

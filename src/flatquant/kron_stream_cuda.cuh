@@ -127,7 +127,7 @@ struct StreamKernel {
   __device__ void start_copy(int token, int slot) const {
     if (token >= params.tokens) return;
     const std::uint32_t barrier = barriers + 8 * slot;
-    expect_copies(barrier, Shape::kStageBytes);
+    arrive_and_expect(barrier, Shape::kStageBytes);
 #pragma unroll
     for (int block = 0; block < Shape::kBlocks; ++block) {
       copy_box_async(stages + slot * Shape::kStageBytes + block * Shape::kRows * kRowBytes, params.x_map,
@@ -217,7 +217,7 @@ struct StreamKernel {
     if (is_first) {
       prefetch_map(params.x_map);
 #pragma unroll
-      for (int slot = 0; slot < kStages; ++slot) make_copy_barrier(barriers + 8 * slot);
+      for (int slot = 0; slot < kStages; ++slot) init_barrier(barriers + 8 * slot, 1);
       show_barriers();
 #pragma unroll 1
       for (int slot = 0; slot < kStages; ++slot) start_copy(token + slot * step, slot);
@@ -234,14 +234,14 @@ struct StreamKernel {
     float y[Shape::kHalves][kTiles][4];
     if constexpr (Shape::kAhead) {
       if (token < params.tokens) {
-        wait_for_copies(barriers, 0);
+        wait_barrier(barriers, 0);
         begin_tokens(stages, z);
       }
     }
     for (; token < params.tokens; token += step) {
       const std::uint32_t stage = stages + slot * Shape::kStageBytes;
       if constexpr (!Shape::kAhead) {
-        wait_for_copies(barriers + 8 * slot, parity);
+        wait_barrier(barriers + 8 * slot, parity);
         begin_tokens(stage, z);
       }
       multiply(stage, z, y);
@@ -255,7 +255,7 @@ struct StreamKernel {
       }
       if constexpr (Shape::kAhead) {
         // Behind the last token this multiplies whatever lies there.
-        if (token + step < params.tokens) wait_for_copies(barriers + 8 * slot, parity);
+        if (token + step < params.tokens) wait_barrier(barriers + 8 * slot, parity);
         begin_tokens(stages + slot * Shape::kStageBytes, z);
       }
       const int first_warp = warp / Shape::kTokenWarps * Shape::kTokenWarps;

@@ -5,6 +5,8 @@
 //   compress   x -> product -> z [chunk, coefficients] -> pack_kernel -> rows
 //   unpack     rows -> expand_kernel -> centroids [chunk, coded] -> product -> out, or float32 -> rotate_kernel -> out
 //   simulate   x -> product -> z -> quantize_kernel -> centroids in place -> product -> out
+//
+// For wgmma the codec splits centroids itself, in the memory of a float, so that their product reads what it multiplies.
 #include <algorithm>
 
 #include "core/with_type.h"
@@ -33,7 +35,7 @@ constexpr Arithmetic kFastest = Arithmetic::kWgmma;  // what the implementation 
 /// wgmma exists on Hopper, where the library holds code for it; elsewhere mma.sync takes its place.
 Arithmetic available(Arithmetic wanted) {
 #if defined(KVPACK_COMPILES_FOR_SM90A)
-  if (wgmma::device_number(cudaDevAttrComputeCapabilityMajor) == 9) return wanted;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9) return wanted;
 #endif
   return wanted == Arithmetic::kWgmma ? Arithmetic::kMma : wanted;
 }

@@ -8,8 +8,6 @@
 
 #include "core/divide_up.h"
 #include "cuda/bulk_copy.cuh"
-#include "cuda/check.h"
-#include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
 #include "cuda/shared_store.cuh"
@@ -20,15 +18,6 @@
 namespace kvpack::cuda {
 
 namespace wgmma {
-
-/// Of the current device.
-inline int device_number(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  check_cuda(cudaGetDevice(&device), "tell the current device");
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "read an attribute of a device");
-  return value;
-}
 
 constexpr int kGroupRows = 64;  // rows of a warpgroup
 constexpr int kGroupThreads = 128;
@@ -128,6 +117,7 @@ __device__ inline void bring_matrix(const SplitBlocks& matrix, const Shape& shap
   const std::int32_t steps = (shape.depth + kDepth - 1) / kDepth;
   for (std::int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
     std::int64_t place = tile % shape.column_blocks * Memory::kSideBytes;
+#pragma unroll 1
     for (std::int32_t step = 0; step < steps; ++step, place += matrix.step_bytes, turn.advance()) {
       wait_barrier(stages.empty(turn.stage), turn.parity ^ 1u);
       const std::uint32_t full = stages.full(turn.stage);
@@ -149,6 +139,12 @@ __device__ inline void multiply_quad(float (&sums)[kColumns / 8][4], const std::
   wgmma_columns<kColumns>(sums, low, high_tile, 1);
 }
 
+/// Waits for all products that this warpgroup began.
+__device__ inline void end_products() {
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+
 /// Multiplies a step of 64 inputs, of which `rest` belong to the matrix, with a stage.
 template <int kColumns>
 __device__ inline void multiply_step(float (&sums)[kColumns / 8][4], const std::uint32_t (&high)[kQuads][4],
@@ -163,7 +159,7 @@ __device__ inline void multiply_step(float (&sums)[kColumns / 8][4], const std::
       multiply_quad<kColumns>(sums, high[j], low[j], wgmma_tile_behind(high_tile, 32 * j),
                               wgmma_tile_behind(low_tile, 32 * j), adds || j > 0);
     }
-    wgmma_columns_end();
+    end_products();
   } else {
 #pragma unroll
     for (int j = 0; j < kQuads - 1; ++j) {  // the end of the depth; the compiler wants whole groups in a branch
@@ -171,10 +167,10 @@ __device__ inline void multiply_step(float (&sums)[kColumns / 8][4], const std::
       wgmma_begin();
       multiply_quad<kColumns>(sums, high[j], low[j], wgmma_tile_behind(high_tile, 32 * j),
                               wgmma_tile_behind(low_tile, 32 * j), adds || j > 0);
-      wgmma_columns_end();
+      end_products();
     }
   }
-  hold_sums(sums);
+  hold_numbers<kColumns / 8>(sums);
 }
 
 /// Rows of a tile that a lane has: `first` and 8 further.

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "cuda/check.h"
+#include "cuda/device.h"
 #include "klt/product_wgmma_cuda.cuh"
 
 namespace kvpack::cuda {
@@ -74,7 +76,7 @@ void launch_wgmma_product(const ProductRows<T>& lhs, const wgmma::SplitBlocks& m
                         rows.sequence_stride % 4 == 0 &&
                         reinterpret_cast<std::uintptr_t>(rows.data) % kVectorBytes == 0;
   const Shape shape{depth, inputs, columns, 0, 0, is_plain};
-  const int processors = device_number(cudaDevAttrMultiProcessorCount);
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   constexpr Tiles kChoices[] = {{2, 256}, {2, 240}, {2, 192}, {1, 32}};
   const Tiles* best = std::ranges::min_element(
       kChoices, {}, [&](const Tiles& tiles) { return tiles.time(lhs.span.rows, columns, processors); });

@@ -1,11 +1,11 @@
-// Launches of codec_cuda.cuh: how many threads take a token, and how many tokens a block.
+// Launches of codec_cuda.cuh and expand_cuda.cuh: how many threads take a token, and how many tokens a block.
 #pragma once
 
 #include <algorithm>
 
 #include "core/divide_up.h"
 #include "cuda/check.h"
-#include "formats/klt_rows/codec_cuda.cuh"
+#include "formats/klt_rows/expand_cuda.cuh"
 
 namespace kvpack::cuda {
 
