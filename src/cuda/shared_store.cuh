@@ -24,6 +24,18 @@ __device__ inline void store_shared_chunk(std::uint32_t address, uint4 value) {
                : "memory");
 }
 
+/// Sets bits of 4 aligned bytes that other threads may change too.
+__device__ inline void set_shared_bits(std::uint32_t address, std::uint32_t bits) {
+  asm volatile("red.shared.or.b32 [%0], %1;" : : "r"(address), "r"(bits) : "memory");
+}
+
+/// Reads 4 aligned bytes.
+__device__ inline std::uint32_t load_shared_word(std::uint32_t address) {
+  std::uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
 /// Reads 16 aligned bytes.
 __device__ inline uint4 load_shared_chunk(std::uint32_t address) {
   uint4 value;

@@ -2,7 +2,7 @@
 // product_chain_cuda.cuh with the CPU's bits), and
 // between them the codec of the rows. Tokens go through in chunks, so that temporary memory stays bounded.
 //
-//   compress   x -> product -> z [chunk, coefficients] -> pack_kernel -> rows
+//   compress   x -> product -> z [chunk, coefficients] -> pack_tiles_kernel or pack_kernel -> rows
 //   unpack     rows -> expand_kernel -> centroids [chunk, coded] -> product -> out, or float32 -> rotate_kernel -> out
 //   simulate   x -> product -> z -> quantize_kernel -> centroids in place -> product -> out
 //
@@ -28,9 +28,9 @@ namespace {
 constexpr std::int64_t kChunkRows = 32768;
 
 enum class Arithmetic : std::int32_t { kChains, kMma, kWgmma };
+constexpr Arithmetic kFastest = Arithmetic::kWgmma;  // what the implementation "cuda" takes
 /// Whether its synthesis wants centroids as SplitFloat.
 constexpr bool wants_split(Arithmetic arithmetic) { return arithmetic == Arithmetic::kWgmma; }
-constexpr Arithmetic kFastest = Arithmetic::kWgmma;  // what the implementation "cuda" takes
 
 /// wgmma exists on Hopper, where the library holds code for it; elsewhere mma.sync takes its place.
 Arithmetic available(Arithmetic wanted) {
@@ -157,15 +157,22 @@ class Workplace {
     std::int64_t synthesis = 0;
     std::int32_t dense_channels = 0;
     bool splits_centroids = false;
+    bool packs_tiles = false;
   };
+  /// Floats from a row's coefficients to the next row's.
+  static std::int64_t pitch_of(const KltData& table) { return round_up(std::max(table.coefficients, 1), 32); }
   Workplace(const KltData& table, std::int64_t total_rows, const Needs& needs, cudaStream_t stream)
       : plan_(plan_rows(table.layout)),
-        pitch_(round_up(std::max(table.coefficients, 1), 32)),
+        pitch_(pitch_of(table)),
         splits_centroids_(needs.splits_centroids),
         chunk_(std::min(std::max<std::int64_t>(total_rows, 1), kChunkRows)),
         coefficients_(reserved_.take<Coefficient>(plan_.layout.coded)),
         units_(reserved_.take<Unit>(plan_.units)),
         boundaries_(reserved_.take<float>(plan_.boundaries)),
+        tile_units_(reserved_.take<TileUnit>(needs.packs_tiles ? plan_.units : 0)),
+        tile_coefficients_(reserved_.take<std::uint16_t>(needs.packs_tiles ? plan_.pieces : 0)),
+        tile_nodes_(reserved_.take<Node>(needs.packs_tiles ? plan_.nodes : 0)),
+        packs_tiles_(needs.packs_tiles),
         values_(reserved_.take<float>(chunk_ * pitch_)),
         scales_(reserved_.take<float>(chunk_)),
         dense_(reserved_.take<float>(chunk_ * needs.dense_channels)),
@@ -176,7 +183,7 @@ class Workplace {
     if (plan_.layout.coded == 0) return;
     const auto blocks = static_cast<int>(divide_up(std::max(plan_.layout.coded, plan_.units), rows::kThreads));
     rows::describe_kernel<<<blocks, rows::kThreads, 0, stream>>>(plan_, table.centroids, at<Coefficient>(coefficients_),
-                                                                 at<Unit>(units_), at<float>(boundaries_));
+                                                                 at<Unit>(units_), at<float>(boundaries_), tiles());
     check_cuda(cudaGetLastError(), "launch the description of coefficients");
   }
   [[nodiscard]] rows::Parts parts(const KltData& table, const KltRowsData& bytes, std::int64_t tokens,
@@ -195,7 +202,8 @@ class Workplace {
             tokens,
             first_row,
             num_rows,
-            splits_centroids_};
+            splits_centroids_,
+            tiles()};
   }
   [[nodiscard]] std::int64_t chunk() const { return chunk_; }
   [[nodiscard]] std::int64_t pitch() const { return pitch_; }
@@ -212,6 +220,13 @@ class Workplace {
     return reinterpret_cast<T*>(memory_.data() + place);
   }
 
+  /// Null pointers unless tiles are packed.
+  [[nodiscard]] rows::TileTables tiles() const {
+    if (!packs_tiles_) return {};
+    return {at<TileUnit>(tile_units_), at<std::uint16_t>(tile_coefficients_), at<Node>(tile_nodes_),
+            static_cast<std::int32_t>(pitch_ / 4)};
+  }
+
   RowPlan plan_;
   std::int64_t pitch_;
   bool splits_centroids_;
@@ -220,6 +235,10 @@ class Workplace {
   std::int64_t coefficients_;  // places in memory_, as all up to it
   std::int64_t units_;
   std::int64_t boundaries_;
+  std::int64_t tile_units_;
+  std::int64_t tile_coefficients_;
+  std::int64_t tile_nodes_;
+  bool packs_tiles_;
   std::int64_t values_;
   std::int64_t scales_;
   std::int64_t dense_;
@@ -275,8 +294,11 @@ void compress(const CompressKltProblem& problem, Arithmetic wanted) {
   require_even(problem.rows);
   const auto stream = static_cast<cudaStream_t>(problem.stream);
   const KltData& table = problem.table;
-  const Workplace place(table, problem.sequences * problem.tokens,
-                        {.analysis = Factors::bytes(arithmetic, table.channels, table.coefficients)}, stream);
+  const Workplace place(
+      table, problem.sequences * problem.tokens,
+      {.analysis = Factors::bytes(arithmetic, table.channels, table.coefficients),
+       .packs_tiles = rows::packs_tiles(problem.sequences * problem.tokens, Workplace::pitch_of(table))},
+      stream);
   const Factors analysis(arithmetic, table.analysis, table.channels, table.coefficients, place.analysis(), stream);
   for_each_chunk(problem.sequences, 0, problem.tokens, place.chunk(), [&](const TokenSpan& span) {
     analyse(problem.x, span, table, analysis, place);

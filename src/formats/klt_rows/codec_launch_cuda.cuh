@@ -1,11 +1,13 @@
-// Launches of codec_cuda.cuh and expand_cuda.cuh: how many threads take a token, and how many tokens a block.
+// Launches of codec_cuda.cuh, pack_cuda.cuh and expand_cuda.cuh: how many threads take a token, and how many tokens a block.
 #pragma once
 
 #include <algorithm>
 
 #include "core/divide_up.h"
 #include "cuda/check.h"
+#include "cuda/device.h"
 #include "formats/klt_rows/expand_cuda.cuh"
+#include "formats/klt_rows/pack_cuda.cuh"
 
 namespace kvpack::cuda {
 
@@ -13,6 +15,7 @@ namespace rows {
 
 /// How threads of the codec share tokens out: with many tokens a warp takes several, for which coefficients and boundaries are
 /// read once; with few a block takes one.
+inline constexpr std::int64_t kFewRows = 264;
 enum class Sharing : std::int32_t { kSeveralAWarp, kOneAWarp, kOneABlock };
 inline constexpr int kWarpTokens = 4;
 
@@ -20,7 +23,6 @@ inline constexpr int kWarpTokens = 4;
 inline Sharing choose_sharing(std::int64_t num_rows, std::int64_t token_bytes, std::int64_t all_bytes) {
   constexpr std::int64_t kMostBytes = 48 << 10;
   constexpr std::int64_t kManyRows = 12288;  // enough warps of kWarpTokens for all multiprocessors of the largest GPUs
-  constexpr std::int64_t kFewRows = 264;
   if (num_rows <= kFewRows || kWarps * token_bytes + all_bytes > kMostBytes) return Sharing::kOneABlock;
   const bool fits = kWarps * kWarpTokens * token_bytes + all_bytes <= kMostBytes;
   return num_rows >= kManyRows && fits ? Sharing::kSeveralAWarp : Sharing::kOneAWarp;
@@ -48,7 +50,23 @@ void with_sharing(Sharing sharing, std::int64_t num_rows, std::int64_t most_bloc
 
 inline constexpr std::int64_t kAnyBlocks = std::int64_t{1} << 30;
 
+/// Whether pack_tiles_kernel takes a call: enough rows, and a multiprocessor holds a tile of them.
+inline bool packs_tiles(std::int64_t num_rows, std::int64_t pitch) {
+  return num_rows > kFewRows && tile_bytes(pitch) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+inline void launch_pack_tiles(const Parts& parts, cudaStream_t stream) {
+  const auto bytes = static_cast<int>(tile_bytes(parts.pitch));
+  check_cuda(cudaFuncSetAttribute(pack_tiles_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "reserve shared memory for the packing of transform-coded rows");
+  const int blocks = grid_blocks(divide_up(parts.num_rows, kTileTokens));
+  pack_tiles_kernel<<<blocks, kTileThreads, static_cast<unsigned>(bytes), stream>>>(parts);
+  check_cuda(cudaGetLastError(), "launch the packing of transform-coded rows");
+}
+
 inline void launch_pack(const Parts& parts, cudaStream_t stream) {
+  if (parts.plan.layout.coded == 0) return;  // no bytes
+  if (parts.num_rows > kFewRows && parts.tiles.units != nullptr) return launch_pack_tiles(parts, stream);
   const std::int32_t token_bytes = packing_bytes(parts.plan);
   with_sharing(choose_sharing(parts.num_rows, token_bytes, 0), parts.num_rows, kAnyBlocks,
                [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
