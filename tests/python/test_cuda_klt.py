@@ -209,10 +209,45 @@ def test_bits_do_not_depend_on_how_tokens_are_stored(implementation, dtype, padd
     assert (whole[:, :padding] == 7.0).all()
 
 
+def random_levels(seed: int) -> list[int]:
+    """Numbers of levels of which some are rare, some missing and some frequent."""
+    random = np.random.default_rng(seed)
+    counts = random.choice([0, 1, 2, 3, 5, 9, 30], len(ALL_LEVELS))
+    return [levels for levels, count in zip(ALL_LEVELS, counts, strict=True) for _ in range(count)] or [2]
+
+
+# 300 tokens go through tiles of 32; quads of coefficients and units of a row begin and end anywhere. The last table's
+# tiles fit into no multiprocessor.
+TILED = {
+    **{f"only {levels}": [levels] * 43 for levels in ALL_LEVELS},
+    **{f"random {seed}": random_levels(seed) for seed in range(12)},
+    "wide": [20] * 900 + [3] * 900,
+}
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_tiles_have_the_bytes_of_the_reference(name):
+    levels = TILED[name]
+    channels = len(levels) + 3
+    tables = KltTables((KltTable(**make_parts(channels, levels + [1] * 2)),))
+    x = fill("normal", 300 if channels < 1000 else 265, channels, torch.float32)
+    x[3] = 0.0
+    x[33] *= 1e-30
+    x[299 % len(x)] *= 1e30
+    some = [0, 3, 31, 32, 33, 100, 263, 264]
+    expected = on_reference(lambda: compress_klt(x[some], tables)).blocks[0]
+    on_gpu = tables.to("cuda")
+    compressed, kernels = on_gpu_with("cuda_chains", lambda: compress_klt(x.cuda(), on_gpu))
+    assert ("pack_tiles_kernel" in kernels) == (name != "wide"), kernels
+    rows = compressed.blocks[0].cpu()
+    assert torch.equal(rows[some], expected), f"{(rows[some] != expected).sum()} bytes differ"
+
+
+@pytest.mark.parametrize("tokens", [33, 133])
 @pytest.mark.parametrize("protected", [0, 1, 40])
-def test_batches_and_protected_tokens(implementation, protected):
+def test_batches_and_protected_tokens(implementation, protected, tokens):
     tables = KltTables(make_tables("a head").blocks + make_tables("below a tile", 16).blocks).to("cuda")
-    x = torch.randn(3, 33, 97, generator=torch.Generator().manual_seed(1)).cuda()
+    x = torch.randn(3, tokens, 97, generator=torch.Generator().manual_seed(1)).cuda()
     rows = compress_klt(x, tables, protected_tokens=protected)
     simulated = simulate_klt(x, tables, protected_tokens=protected)
     assert torch.equal(unpack_klt(rows, tables), simulated)

@@ -13,9 +13,11 @@ namespace kvpack::cuda {
 
 namespace rows {
 
+/// Up to so many tokens each gets a block of its own: two for each multiprocessor of the largest GPUs.
+inline constexpr std::int64_t kFewRows = 264;
+
 /// How threads of the codec share tokens out: with many tokens a warp takes several, for which coefficients and boundaries are
 /// read once; with few a block takes one.
-inline constexpr std::int64_t kFewRows = 264;
 enum class Sharing : std::int32_t { kSeveralAWarp, kOneAWarp, kOneABlock };
 inline constexpr int kWarpTokens = 4;
 
@@ -55,6 +57,7 @@ inline bool packs_tiles(std::int64_t num_rows, std::int64_t pitch) {
   return num_rows > kFewRows && tile_bytes(pitch) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+/// Launches pack_tiles_kernel.
 inline void launch_pack_tiles(const Parts& parts, cudaStream_t stream) {
   const auto bytes = static_cast<int>(tile_bytes(parts.pitch));
   check_cuda(cudaFuncSetAttribute(pack_tiles_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),

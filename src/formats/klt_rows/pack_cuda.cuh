@@ -12,7 +12,7 @@ namespace kvpack::cuda {
 
 namespace rows {
 
-inline constexpr int kTileTokens = kWarpLanes;
+inline constexpr int kTileTokens = kWarpLanes;  // of a tile, what a block works on at a time
 inline constexpr int kTileWarps = 16;
 inline constexpr int kTileThreads = kTileWarps * kWarpLanes;
 inline constexpr int kOwnTokens = kTileTokens / kTileWarps;  // that a warp fetches and sends away
