@@ -92,16 +92,18 @@ inline void launch_expand(const Parts& parts, cudaStream_t stream) {
   const auto centroid_bytes = static_cast<std::int32_t>(4 * round_up(parts.plan.centroids, 4));
   const bool fit = parts.plan.centroids <= kMostSharedCentroids;
   const Sharing sharing = choose_sharing(parts.num_rows, token_bytes, fit ? centroid_bytes : 0);
-  if (fit && sharing != Sharing::kOneABlock) {  // where few tokens would not use most of them
-    with_sharing(sharing, parts.num_rows, kMostBlocks, [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
-      const int bytes = centroid_bytes + block_tokens * token_bytes;
-      expand_kernel<kTokens, kTeam, true><<<blocks, kThreads, bytes, stream>>>(parts);
-    });
-    return;
-  }
-  with_sharing(sharing, parts.num_rows, kAnyBlocks, [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
-    expand_kernel<kTokens, kTeam, false><<<blocks, kThreads, block_tokens * token_bytes, stream>>>(parts);
-  });
+  const bool shares = fit && sharing != Sharing::kOneABlock;  // few tokens would not use most centroids
+  with_sharing(sharing, parts.num_rows, shares ? kMostBlocks : kAnyBlocks,
+               [&]<int kTokens, int kTeam>(int blocks, int block_tokens) {
+                 const int bytes = block_tokens * token_bytes;
+                 if constexpr (kTeam == kWarpLanes) {
+                   if (shares) {
+                     expand_kernel<kTokens, kTeam, true><<<blocks, kThreads, centroid_bytes + bytes, stream>>>(parts);
+                     return;
+                   }
+                 }
+                 expand_kernel<kTokens, kTeam, false><<<blocks, kThreads, bytes, stream>>>(parts);
+               });
 }
 
 }  // namespace rows
