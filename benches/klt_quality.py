@@ -73,6 +73,7 @@ STAGES = {
     "baselines": Stage((TEXT,), 16, CODEBOOKS, _KVQUANT, ("nuq3+1%+sink", "nuq2+1%+sink")),
     "baselines-foreign": Stage(("pydoc",), 16, CODEBOOKS[1:], _KVQUANT),
     "own": Stage((TEXT,), 16, SHAPES, {}, AT_24),
+    "default": Stage(("pydoc", "stdlib"), 16, BUDGETS, _ONE_BLOCK | {"draw": 8}, AT_24),
     "drawn": Stage((), 16, BUDGETS, _ONE_BLOCK | {"draw": 16}, AT_24),
     "drawn-foreign": Stage(("pydoc",), 32, BUDGETS, _ONE_BLOCK | {"draw": 16}, AT_24),
     "foreign": Stage(("pydoc",), 16, BUDGETS, _ONE_BLOCK, AT_24),
