@@ -28,7 +28,7 @@ KVPACK_CUDA ?= AUTO
 KVPACK_CUDA_ARCHITECTURES ?= $(shell tools/gpu_architectures.sh)
 
 DEMO_POLICIES ?= int8 int4 int4+1%+sink int3 int3+1%+sink int2+1%+sink kivi-4+sink kivi-2+sink mustafar-50 mustafar-50-q4 \
-  mustafar-70 klt-3.4+sink klt-2.4+sink klt-2+sink
+  mustafar-70 klt-3.4+sink klt-2.4+sink klt-2+sink klt-2-joint+sink klt-1.5-joint+sink
 # Half of the text is measured; from the other half and from other text come the samples that klt is calibrated on.
 DEMO_FLAGS ?= --seqlen 2048 --limit 4
 DEMO_CALIBRATION ?= --nsamples 4 --seqlen 1024
