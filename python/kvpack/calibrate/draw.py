@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvpack.calibrate.plan import Plan
     from kvpack.calibrate.spool import Spool
 
-DOCUMENT = 512
+DOCUMENT = 256
 """Tokens of a document; the last one of a sample is cut where its length does not divide."""
 _BATCH_BYTES = 2 << 30
 """At most so much for the cache and the predictions of the documents drawn side by side; at least one is drawn."""
