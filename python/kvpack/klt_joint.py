@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpack.arrays import dtype_name, empty
+from kvpack.arrays import device_of, dtype_name, empty
 
 
 def check_pair(key: Any, value: Any) -> None:
     """Refuses keys and values that cannot stand side by side.
 
     Raises:
-        ValueError: shapes or types that differ; the message shows both.
+        ValueError: shapes, types or devices that differ; the message shows both.
     """
     if tuple(key.shape) != tuple(value.shape) or key.dtype != value.dtype:
         raise ValueError(
             f"key is {tuple(key.shape)} {key.dtype}, value is {tuple(value.shape)} {value.dtype}; keys and values that "
             "are coded together have one shape and type"
         )
+    if device_of(key) != device_of(value):
+        raise ValueError(f"key is on {device_of(key)}, value is on {device_of(value)}; they are coded on one device")
 
 
 def join_heads(key: Any, value: Any, heads: int) -> Any:
@@ -29,7 +31,7 @@ def join_heads(key: Any, value: Any, heads: int) -> Any:
         k0 k1 | v0 v1  ->  k0 v0 | k1 v1
 
     Args:
-        key, value: [..., channels] each, torch or numpy, of one type and shape; channels are heads * head_dim.
+        key, value: [..., channels] each, torch or numpy, of one type, shape and device; channels are heads * head_dim.
         heads: KV heads of the layer.
 
     Returns:

@@ -105,8 +105,6 @@ def simulate_tensor(
         raise ValueError(
             f"policy {policy.name!r} codes keys and values together, and x is {kind}s alone; simulate_pair takes both"
         )
-    if head_dim is not None:
-        check_int("head_dim", head_dim, 1, 2**31 - 1)
     _check_input(x, head_dim)
     x = x.detach() if hasattr(x, "detach") else _positive_strides(x)
     out = empty_like(x) if out is None else _check_out(x, out)
@@ -154,7 +152,8 @@ def simulate_pair(
         Keys and values, each of the shape, type and device it came with.
 
     Raises:
-        ValueError, NotImplementedError, TypeError: as simulate_tensor.
+        ValueError, NotImplementedError, TypeError: as simulate_tensor; for a joint method also shapes, types or devices
+            that differ.
 
     Source: docs/klt.md.
     """
@@ -177,9 +176,15 @@ def simulate_pair(
     compressed = 0 if compressed <= policy.sink or 0 in key.shape else compressed
     outputs, bits = [empty_like(x) for x in inputs], 0
     if compressed:
-        *made, bits = method.simulate_joint(  # type: ignore[attr-defined]
-            *(x[..., :compressed, :] for x in inputs), protected_tokens=policy.sink, tables=tables
-        )
+        inner = [x[..., :compressed, :] for x in inputs]
+        try:
+            *made, bits = method.simulate_joint(  # type: ignore[attr-defined]
+                *inner, protected_tokens=policy.sink, tables=tables
+            )
+        except ValueError:
+            # The native message counts channels of the joint row, which the caller has never seen.
+            _refuse_nonfinite(*inner)
+            raise
         for out, part in zip(outputs, made, strict=True):
             out[..., :compressed, :] = part
     for out, x in zip(outputs, inputs, strict=True):
@@ -190,7 +195,21 @@ def simulate_pair(
     return outputs[0], outputs[1]
 
 
+def _refuse_nonfinite(key: Any, value: Any) -> None:
+    """Raises ValueError with the coordinate of the first infinity or NaN, in keys or else in values."""
+    for name, x in (("key", key), ("value", value)):
+        numbers = x if isinstance(x, np.ndarray) else x.double().cpu().numpy()
+        if len(places := np.argwhere(~np.isfinite(numbers))):
+            sequence, token, channel = (0, *places[0].tolist())[-3:]
+            raise ValueError(
+                f"{name} holds {numbers[tuple(places[0])]} at sequence {sequence}, token {token}, channel {channel}; "
+                "it must be finite"
+            )
+
+
 def _check_input(x: Any, head_dim: int | None) -> None:
+    if head_dim is not None:
+        check_int("head_dim", head_dim, 1, 2**31 - 1)
     dtype = dtype_name(getattr(x, "dtype", ""))
     if not (isinstance(x, np.ndarray) or hasattr(x, "data_ptr")) or dtype not in _FLOAT_TYPES:
         raise TypeError(

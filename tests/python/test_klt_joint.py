@@ -53,6 +53,8 @@ def test_pairs_that_do_not_fit_are_refused_with_both_sides() -> None:
         join_heads(torch.zeros(4, 6), torch.zeros(4, 6).half(), 2)
     with pytest.raises(ValueError, match="6 channels; 4 heads do not divide"):
         join_heads(torch.zeros(4, 6), torch.zeros(4, 6), 4)
+    with pytest.raises(ValueError, match="key is on cpu, value is on meta"):
+        join_heads(torch.zeros(4, 6), torch.zeros(4, 6, device="meta"), 2)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +144,25 @@ def test_one_kind_alone_is_refused_with_what_takes_both(calibration) -> None:
         simulate_pair(torch.zeros(4, 32), torch.zeros(5, 32), "klt-2-joint", layer=0, calibration=calibration)
     with pytest.raises(ValueError, match="needs a calibration"):
         simulate_pair(torch.zeros(4, 32), torch.zeros(4, 32), "klt-2-joint", layer=0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_named_where_the_caller_has_it(calibration, bad: float) -> None:
+    key, value = make_pair()
+    value[1, 3, 17] = bad
+    options = {"layer": 0, "calibration": calibration}
+    with pytest.raises(ValueError, match=f"value holds {bad} at sequence 1, token 3, channel 17"):
+        simulate_pair(key, value, "klt-2-joint", **options)
+    with pytest.raises(ValueError, match=f"value holds {bad} at sequence 0, token 3, channel 17"):
+        simulate_pair(key[1].numpy(), value[1].numpy(), "klt-2-joint", **options)
+
+
+@pytest.mark.parametrize("head_dim", [0, -8, "8"])
+def test_a_head_dim_that_cannot_be_is_refused(calibration, head_dim: Any) -> None:
+    key, value = make_pair()
+    for policy in ("klt-2-joint", "int4"):
+        with pytest.raises(ValueError, match=f"head_dim is {head_dim!r}"):
+            simulate_pair(key, value, policy, layer=0, calibration=calibration, head_dim=head_dim)
 
 
 def test_a_budget_is_spent_but_never_exceeded_and_told_for_both_kinds(calibration) -> None:
