@@ -265,6 +265,13 @@ def test_what_a_joint_simulation_cannot_do_is_said() -> None:
     ):
         logits_of(model, ids)
     copying.remove()
+    adding = attention.v_proj.register_forward_hook(lambda module, args, out: out + 1)
+    with (
+        kvpack.simulate(model, "klt-3-joint", calibration=calibration),
+        pytest.raises(NotImplementedError, match="layer 1 .* puts out other values than forward"),
+    ):
+        logits_of(model, ids)
+    adding.remove()
     with torch.no_grad():
         attention.v_proj.weight[3] = float("inf")
     calibration.model = type(calibration.model).of(model)

@@ -23,7 +23,7 @@ class JointProjections:
         """For a layer, and what turns its keys and values [batch, tokens, channels] into what attention shall see."""
         self._layer = layer
         self._simulate = simulate
-        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # input, twin, result
 
     def reset(self) -> None:
         """Forgets a call that did not come to its end."""
@@ -33,15 +33,22 @@ class JointProjections:
         """What takes the place of a projection's output.
 
         Raises:
-            NotImplementedError: the layer gives its two projections different inputs.
+            NotImplementedError: the layer gives its two projections different inputs, or something between them and
+                here changes what they put out.
         """
         hidden = args[0]
         if self._pending is not None:
-            (seen, ready), self._pending = self._pending, None
+            (seen, twin, ready), self._pending = self._pending, None
+            where = f"layer {self._layer.index} ({type(self._layer.module).__name__})"
             if seen is not hidden:
                 raise NotImplementedError(
-                    f"layer {self._layer.index} ({type(self._layer.module).__name__}) gives k_proj and v_proj "
-                    "different inputs; keys and values are coded together only where both come from one"
+                    f"{where} gives k_proj and v_proj different inputs; keys and values are coded together only where "
+                    "both come from one"
+                )
+            if not torch.equal(output, twin):
+                raise NotImplementedError(
+                    f"{where} puts out other {kind}s than forward() of their projection does (another hook on it?); "
+                    "keys and values are coded together only where nothing changes them"
                 )
             return ready
         module = self._layer.module
@@ -50,8 +57,8 @@ class JointProjections:
         twin = other.forward(hidden)  # type: ignore[operator, union-attr]
         if kind == "key":
             key, value = self._simulate(output, twin)
-            self._pending = (hidden, value)
+            self._pending = (hidden, twin, value)
             return key
         key, value = self._simulate(twin, output)
-        self._pending = (hidden, key)
+        self._pending = (hidden, twin, key)
         return value
