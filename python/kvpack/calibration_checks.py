@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvpack.klt_joint import MOST_CHANNELS
 from kvpack.methods import Kind
 from kvpack.policy import Policy
 
@@ -94,6 +95,13 @@ def _checked_tables(policy: Policy, calibration: ModelCalibration | None, kind: 
     if part not in calibration.parts:
         have = ", ".join(map(str, calibration.layers)) or "none"
         what = "keys with values" if method.is_joint else f"{kind}s"
+        if method.is_joint and layer in calibration.layers:
+            heads = max(calibration.header["blocks"])
+            raise ValueError(
+                f"{calibration.name} has no {what}: its blocks of {heads} heads would have "
+                f"{2 * heads * calibration.model.head_dim} channels, and at most {MOST_CHANNELS} are coded together; "
+                "recalibrate with smaller --blocks"
+            )
         raise ValueError(f"{calibration.name} has no {what} of layer {layer}; it has layers {have}")
     try:
         method.check_tables(calibration.parts[part], calibration, policy.mode)

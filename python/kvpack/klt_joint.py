@@ -9,6 +9,9 @@ from typing import Any
 
 from kvpack.arrays import device_of, dtype_name, empty
 
+MOST_CHANNELS = 4096
+"""Of a block: kMaxKltChannels of include/kvpack/klt.h."""
+
 
 def check_pair(key: Any, value: Any) -> None:
     """Refuses keys and values that cannot stand side by side.

@@ -44,7 +44,7 @@ class ModelCalibration:
     """As `kvpack calibrate --method` names it."""
     schema: ClassVar[Schema]
     kinds: ClassVar[tuple[PartKind, ...]] = KINDS
-    """Parts of a layer, in the order they are fitted."""
+    """Parts that a layer can have, in the order they are fitted."""
 
     def __init__(
         self, header: dict[str, Any], parts: Mapping[tuple[int, PartKind], Any], name: str = "calibration"
@@ -60,6 +60,11 @@ class ModelCalibration:
         self.name = name
         for (layer, kind), part in self.parts.items():
             self.check_part(part, f"{name}: layer {layer} {kind_name(kind)}")
+
+    @classmethod
+    def kinds_of(cls, header: dict[str, Any]) -> tuple[PartKind, ...]:
+        """Parts that every layer has in a calibration of such a header, in the order of kinds."""
+        return cls.kinds
 
     @classmethod
     def check_part(cls, part: Any, where: str) -> None:

@@ -114,9 +114,8 @@ def load_calibration(path: str | Path, cls: type[ModelCalibration] | None) -> An
             header = read_header(metadata, cls.schema)
             layers = sorted(header["layers"])
             _check_tensors(file, header, cls)
-            parts = {
-                (layer, kind): _read_part(file, header, layer, kind, cls) for layer in layers for kind in cls.kinds
-            }
+            kinds = cls.kinds_of(header)
+            parts = {(layer, kind): _read_part(file, header, layer, kind, cls) for layer in layers for kind in kinds}
         return cls(header, parts, str(path))
     except CalibrationError as error:
         raise CalibrationError(f"{path} is no calibration: {str(error).removeprefix(f'{path}: ')}") from error
@@ -174,7 +173,7 @@ def _check_tensors(file: Any, header: dict[str, Any], cls: type[ModelCalibration
     """Compares names, types and shapes with the header before any tensor is read."""
     expected: dict[str, TensorForm] = {}
     forms = cls.expected_tensors(header)
-    for prefix in (_prefix(layer, kind) for layer in header["layers"] for kind in cls.kinds):
+    for prefix in (_prefix(layer, kind) for layer in header["layers"] for kind in cls.kinds_of(header)):
         expected |= {f"{prefix}.{name}": form for name, form in forms.items()}
     names = set(file.keys())
     for what, some in (("lacks", set(expected) - names), ("has unknown", names - set(expected))):

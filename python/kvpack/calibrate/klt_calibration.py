@@ -22,6 +22,7 @@ from kvpack.calibrate.base import (
     kind_name,
 )
 from kvpack.calibrate.headers import KLT, Schema
+from kvpack.klt_joint import MOST_CHANNELS
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 32, 64)
 """Numbers of levels a coefficient can have with a codebook of its own; 1 stands for a dropped one."""
@@ -104,6 +105,12 @@ class KltCalibration(ModelCalibration):
                     f"{name}: layer {layer} {kind_name('joint')} have {joint.channels} channels; keys have "
                     f"{key.channels}, values {value.channels}"
                 )
+
+    @classmethod
+    def kinds_of(cls, header: dict[str, Any]) -> tuple[PartKind, ...]:
+        """Joint parts only where their largest blocks can be coded: others would cost most of the time and the file."""
+        both = 2 * max(header["blocks"]) * header["model"]["head_dim"]
+        return cls.kinds if both <= MOST_CHANNELS else KINDS
 
     @classmethod
     def check_part(cls, part: LayerKlt, where: str) -> None:

@@ -78,7 +78,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def fit(self, layer: int, kind: PartKind, loaded: LoadedModel, spool: Spool, header: dict[str, Any]) -> Any:
-        """One part of the calibration, from the spool; kind is one of calibration.kinds."""
+        """One part of the calibration, from the spool; kind is one of calibration.kinds_of(header)."""
 
 
 class CodebookRecipe(Recipe):

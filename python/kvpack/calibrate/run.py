@@ -103,7 +103,7 @@ def _calibrate(
     from kvpack.calibrate import draw
     from kvpack.calibrate.collect import Collector
 
-    todo = [(layer, kind) for layer in header["layers"] for kind in plan.recipe.calibration.kinds]
+    todo = [(layer, kind) for layer in header["layers"] for kind in plan.recipe.calibration.kinds_of(header)]
     parts = {part: spool.load_fitted(*part) for part in todo}
     pending = [part for part in todo if parts[part] is None]
     per_sample = _SAMPLE_STEPS * (3 if header["weights"] == "fisher" else 1)
