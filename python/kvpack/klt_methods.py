@@ -62,9 +62,9 @@ class KltMethod(Method):
     def presets(cls) -> dict[str, str]:
         text = "Fisher-weighted transform coding of each token, keys before RoPE, levels by budget over all layers"
         presets = {f"klt-{bits}": f"{text}; needs a calibration of --method klt" for bits in ("3.4", "2.4", "2")}
-        joint = "the same with keys and values of a layer in one transform: the least loss per bit"
+        joint = "klt-B with keys and values of a layer in one transform: the least loss per bit"
         presets |= {f"klt-{bits}-joint": joint for bits in ("2.4", "2", "1.5")}
-        presets["klt-2.4-fast"] = "the same made for decoding: power-of-two levels on uniform grids, keys per head"
+        presets["klt-2.4-fast"] = "klt-B made for decoding: power-of-two levels on uniform grids, keys per head"
         return presets
 
     @classmethod

@@ -1,7 +1,7 @@
 """Calibrates what a plan asks for: all samples through the model, then layer by layer from disk into the file.
 
 One forward pass per sample serves all layers, whose keys and values wait in the spool: passes over the model cost
-minutes, the disk seconds. Memory holds the model and one layer's keys or values. Prints nothing: a listener hears what
+minutes, the disk seconds. Memory holds the model and one layer's rows. Prints nothing: a listener hears what
 happens.
 """
 
