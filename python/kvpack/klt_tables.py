@@ -109,11 +109,16 @@ def find_codecs(calibration: KltCalibration, choices: dict[Part, KltChoice]) -> 
 
 
 def _make_codecs(calibration: KltCalibration, choices: dict[Part, KltChoice]) -> dict[Part, KltCodec]:
+    from kvpack.calibrate.base import CalibrationError, kind_name
+
     levels = share_out_levels(calibration, choices)
     codecs = {}
     for (layer, kind), choice in choices.items():
         part = calibration.part(layer, kind)
-        tables = make_tables(part.mean, part.blocks[choice.heads], levels[layer, kind], grids=choice.grids)
+        try:
+            tables = make_tables(part.mean, part.blocks[choice.heads], levels[layer, kind], grids=choice.grids)
+        except ValueError as error:  # as of a basis without an inverse, which costs too much to look for in every file
+            raise CalibrationError(f"{calibration.name}: layer {layer} {kind_name(kind)}: {error}") from error
         codecs[layer, kind] = KltCodec(tables, levels[layer, kind], calibration.model.kv_heads)
     return codecs
 

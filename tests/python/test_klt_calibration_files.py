@@ -12,6 +12,7 @@ from klt_calibrations import make_klt_calibration
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from kvpack import simulate_pair
 from kvpack.calibrate import Calibration, CalibrationError, KltCalibration, load_any_calibration
 from kvpack.calibrate.headers import KLT
 from kvpack.calibrate.klt_calibration import LEVELS
@@ -189,3 +190,21 @@ def test_a_torn_file_is_refused(good: Path, share: float) -> None:
     content = good.read_bytes()
     good.write_bytes(content[: int(share * len(content))])
     refusal(good)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("joint", "layer 1 keys with values"), ("value", "layer 1 values")])
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [("basis2", "Singular matrix"), ("variances2", r"deviations\[.*\] is 0.0; it must be above 0")],
+)
+def test_numbers_that_make_no_table_are_refused_with_their_place(
+    good: Path, tmp_path: Path, kind: str, said: str, tensor: str, problem: str
+) -> None:
+    header, tensors = read(good)
+    name = f"layers.1.{kind}.{tensor}"
+    path = write(tmp_path / "bad", header, tensors | {name: np.zeros_like(tensors[name])})
+    x = np.zeros((3, 16), np.float32)
+    with pytest.raises(CalibrationError, match=f"bad: {said}: {problem}"):
+        simulate_pair(
+            x, x, "klt-4-joint" if kind == "joint" else "klt-4", layer=0, calibration=KltCalibration.load(path)
+        )
