@@ -98,9 +98,9 @@ def _checked_tables(policy: Policy, calibration: ModelCalibration | None, kind: 
         if method.is_joint and layer in calibration.layers:
             heads = max(calibration.header["blocks"])
             raise ValueError(
-                f"{calibration.name} has no {what}: its blocks of {heads} heads would have "
-                f"{2 * heads * calibration.model.head_dim} channels, and at most {MOST_CHANNELS} are coded together; "
-                "recalibrate with smaller --blocks"
+                f"{calibration.name} has no {what}: they differ in width, or blocks of {heads} heads are too large for "
+                f"both ({2 * heads * calibration.model.head_dim} channels, at most {MOST_CHANNELS}; recalibrate with "
+                "smaller --blocks)"
             )
         raise ValueError(f"{calibration.name} has no {what} of layer {layer}; it has layers {have}")
     try:

@@ -36,8 +36,8 @@ def make_header(fingerprint: ModelFingerprint, **changes: Any) -> dict[str, Any]
     return {
         "schema": "kvpack-klt", "version": 2, "kvpack": "0.1.0", "model": fingerprint.to_json(), "model_name": "tiny",
         "layers": list(range(fingerprint.num_layers)), "blocks": sorted({1, fingerprint.kv_heads}), "shrinkage": 0.0,
-        "rows": 4096, "sink": 1, "weights": "fisher", "nsamples": 3, "seqlen": 24, "seed": 0, "dtype": "float32",
-        "device": "cpu", "texts": [text], "drawn": 0,
+        "rows": 4096, "joint": True, "sink": 1, "weights": "fisher", "nsamples": 3, "seqlen": 24, "seed": 0,
+        "dtype": "float32", "device": "cpu", "texts": [text], "drawn": 0,
     } | changes  # fmt: skip
 
 

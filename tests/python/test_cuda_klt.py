@@ -170,6 +170,8 @@ def test_both_tensor_core_products_agree(name, tokens):
 
     So codes next to a boundary may differ, and floats by both their bounds.
     """
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma exists on Hopper alone; elsewhere both are the same code")
     tables = make_tables(name).to("cuda")
     x = fill("normal", tokens, tables.channels, torch.float32).cuda()
     mma, kernels = on_gpu_with("cuda_mma", lambda: compress_klt(x, tables))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from klt_calibrations import make_gradients, make_header, make_klt_calibration, make_states
+from listeners import Recorder
 from saved_models import write_words
 from tiny_models import logits_of, make_ids, make_model
 
 import kvpack
 from kvpack import BitsTally, simulate_pair, simulate_tensor
-from kvpack.calibrate import CalibrationError, KltCalibration, Request, klt_calibration, prepare, run
+from kvpack.calibrate import CalibrationError, KltCalibration, Request, klt_recipe, prepare, run
 from kvpack.calibrate.fingerprint import ModelFingerprint
 from kvpack.calibrate.klt_fit import KltFitOptions, fit_klt_layer
+from kvpack.calibrate.recipes import recipes
 from kvpack.klt import compress_klt, unpack_klt
 from kvpack.klt_joint import MOST_CHANNELS, join_heads, split_heads
 from kvpack.klt_methods import choices_of, describe_tables, layer_bits
@@ -295,29 +298,37 @@ def test_rows_of_both_end_where_the_native_code_ends() -> None:
     assert f"kMaxKltChannels = {MOST_CHANNELS};" in header.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "blocks", "has_joint"), [(16, [1, 16], True), (17, [1, 17], False), (32, [1, 16], True)]
-)
-def test_blocks_too_wide_for_both_have_no_joint_parts(kv_heads: int, blocks: list[int], has_joint: bool) -> None:
-    fingerprint = ModelFingerprint("LlamaForCausalLM", 1, kv_heads, 128, "signs-sha256:" + "0" * 32)
-    kinds = KltCalibration.kinds_of(make_header(fingerprint, blocks=blocks))
-    assert kinds == (("joint", "key", "value") if has_joint else ("key", "value"))
+def test_keys_and_values_of_other_widths_are_each_calibrated_alone(model_folder: Path, tmp_path: Path) -> None:
+    loaded = SimpleNamespace(head_dim=8, kv_heads=2, model=make_model("Llama"))
+    recipe = recipes()["klt"]
+    asked = Request(str(model_folder), tmp_path / "out.klt", method="klt")
+    assert recipe.fields_of_model(asked, loaded) == {"blocks": [1, 2], "joint": True}
+    assert recipe.notes(loaded, {"blocks": [1, 2]}) == []
+    attention = loaded.model.model.layers[1].self_attn
+    attention.v_proj = torch.nn.Linear(64, 24)
+    assert recipe.fields_of_model(asked, loaded)["joint"] is False
+    (note,) = recipe.notes(loaded, {"blocks": [1, 2]})
+    assert "layer 1 has " in note and "channels of keys and 24 of values" in note
 
 
 def test_a_model_too_wide_for_joint_rows_is_calibrated_without_them(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(klt_calibration, "MOST_CHANNELS", 31)
+    monkeypatch.setattr(klt_recipe, "MOST_CHANNELS", 31)
     words = write_words(tmp_path / "words.txt", 2000)
     asked = Request(
         str(model_folder), tmp_path / "out.klt", (str(words),), method="klt", nsamples=2, seqlen=24
     )  # fmt: skip
-    run(prepare(asked))
+    heard = Recorder()
+    run(prepare(asked), heard)
+    assert "klt-B-joint: blocks of 2 heads would have 32 channels of 31 at most" in heard.notes[-1]
     made = KltCalibration.load(asked.output)
     assert sorted(made.parts) == [(layer, kind) for layer in range(3) for kind in ("key", "value")]
     x = torch.zeros(4, 16)
     simulate_tensor(x, "klt-2", layer=0, calibration=made)
-    with pytest.raises(ValueError, match="no keys with values: its blocks of 2 heads would have 32 channels, and at"):
+    with pytest.raises(
+        ValueError, match=r"no keys with values: .* blocks of 2 heads are too large for both \(32 channels"
+    ):
         simulate_pair(x, x, "klt-2-joint", layer=0, calibration=made)
     with pytest.raises(ValueError, match="no keys with values of layer 7; it has layers 0, 1, 2"):
         simulate_pair(x, x, "klt-2-joint", layer=7, calibration=made)

@@ -1,8 +1,8 @@
 """Samples that the model draws itself, at temperature 1 and from all of its vocabulary: calibration without any text.
 
-They are what the model takes text to be, so no kind of text is as foreign to them as one text is to another (figures in
-docs/klt.md). A sample is put together from shorter documents, drawn side by side: one forward pass per token of a
-document instead of one per token of a sample.
+They are what the model takes text to be: no match for samples of the text's own kind, and seldom as far off as those of
+another (figures in docs/klt.md). A sample is put together from shorter documents, drawn side by side: one forward pass
+per token of a document instead of one per token of a sample.
 """
 
 from __future__ import annotations

@@ -176,6 +176,7 @@ KLT = Schema(
         "shrinkage": (_share(0, 1 + 1e-9), "a share from 0 to 1"),
         "blocks": _ints(_LARGEST_COUNT, 16),
         "rows": _int(1, _LARGEST_COUNT),
+        "joint": (lambda value: isinstance(value, bool), "true or false"),
         "drawn": _int(0, _LARGEST_COUNT),
         "texts": _texts(0),
     },

@@ -22,7 +22,6 @@ from kvpack.calibrate.base import (
     kind_name,
 )
 from kvpack.calibrate.headers import KLT, Schema
-from kvpack.klt_joint import MOST_CHANNELS
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 32, 64)
 """Numbers of levels a coefficient can have with a codebook of its own; 1 stands for a dropped one."""
@@ -108,9 +107,8 @@ class KltCalibration(ModelCalibration):
 
     @classmethod
     def kinds_of(cls, header: dict[str, Any]) -> tuple[PartKind, ...]:
-        """Joint parts only where their largest blocks can be coded: others would cost most of the time and the file."""
-        both = 2 * max(header["blocks"]) * header["model"]["head_dim"]
-        return cls.kinds if both <= MOST_CHANNELS else KINDS
+        """Joint parts only where the header says so: KltRecipe.fields_of_model has the reasons not to."""
+        return cls.kinds if header["joint"] else KINDS
 
     @classmethod
     def check_part(cls, part: LayerKlt, where: str) -> None:

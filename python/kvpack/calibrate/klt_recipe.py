@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kvpack.calibrate.base import KINDS, PartKind
 from kvpack.calibrate.klt_calibration import KltCalibration, LayerKlt
 from kvpack.calibrate.recipes import Recipe
-from kvpack.klt_joint import join_heads
+from kvpack.klt_joint import MOST_CHANNELS, join_heads
 from kvpack.methods import check_int
+from kvpack.models.layers import find_attention_layers
 from kvpack.models.load import LoadedModel
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class KltRecipe(Recipe):
         if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage is {shrinkage!r}; it is 0 (the whole Fisher matrix) to 1 (its diagonal alone)")
         check_int("rows", request.rows, 1, 2**24)
+        if (tokens := request.nsamples * (request.seqlen - self.sink(request))) < 2:
+            raise ValueError(
+                f"nsamples is {request.nsamples} and seqlen {request.seqlen}: without first tokens {tokens} are left; "
+                "a covariance needs at least 2"
+            )
         if not request.blocks:
             raise ValueError("no size of blocks given; it is a number of heads, or all")
         for heads in request.blocks:
@@ -66,7 +72,12 @@ class KltRecipe(Recipe):
             if size and heads % size:
                 fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
                 raise ValueError(f"blocks of {size} heads do not divide the {heads} KV heads of a layer; {fitting} do")
-        return {"blocks": sorted({size or heads for size in request.blocks})}
+        blocks = sorted({size or heads for size in request.blocks})
+        return {"blocks": blocks, "joint": not _why_not_joint(loaded, blocks)}
+
+    def notes(self, loaded: LoadedModel, header: dict[str, Any]) -> list[str]:
+        why = _why_not_joint(loaded, header["blocks"])
+        return [f"no transforms of keys and values together, for klt-B-joint: {why}"] if why else []
 
     def collects(self, weights: str) -> str:
         return "fisher" if weights == "fisher" else "none"
@@ -97,6 +108,23 @@ class KltRecipe(Recipe):
         fitted = fit_klt_layer(states, options, gradients=gradients)
         assert math.isfinite(fitted.sensitivity)
         return fitted
+
+
+def _why_not_joint(loaded: LoadedModel, blocks: list[int]) -> str:
+    """Why keys and values of a layer cannot be coded together, in words; empty where they can.
+
+    Matrices of blocks that rows cannot have would be most of the time and of the file.
+    """
+    both = 2 * max(blocks) * loaded.head_dim
+    if both > MOST_CHANNELS:
+        return (
+            f"blocks of {max(blocks)} heads would have {both} channels of {MOST_CHANNELS} at most; try smaller --blocks"
+        )
+    for layer in find_attention_layers(loaded.model):
+        widths = [getattr(getattr(layer.module, name), "out_features", None) for name in ("k_proj", "v_proj")]
+        if widths[0] != widths[1]:
+            return f"layer {layer.index} has {widths[0]} channels of keys and {widths[1]} of values"
+    return ""
 
 
 def _read(

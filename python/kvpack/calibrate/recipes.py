@@ -62,6 +62,10 @@ class Recipe(ABC):
         """
         return {}
 
+    def notes(self, loaded: LoadedModel, header: dict[str, Any]) -> list[str]:
+        """What the user should know of the fields that the model said."""
+        return []
+
     def collects(self, weights: str) -> str:
         """What the collector is asked for."""
         return weights

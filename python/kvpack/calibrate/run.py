@@ -66,6 +66,8 @@ def _complete_header(plan: Plan, loaded: load.LoadedModel, listener: Listener) -
     layers = [layer.index for layer in find_attention_layers(loaded.model)]
     header = {**plan.header, "model": ModelFingerprint.of(loaded.model).to_json(), "layers": layers}
     header |= plan.recipe.fields_of_model(plan.request, loaded)
+    for note in plan.recipe.notes(loaded, header):
+        listener.note(note)
     if plan.request.weights == AUTO:
         header["weights"] = (
             _choose_weights(plan, loaded, listener) if plan.spool is None else plan.spool.settings["weights"]

@@ -36,6 +36,11 @@ class JointProjections:
             NotImplementedError: the layer gives its two projections different inputs, or something between them and
                 here changes what they put out.
         """
+        if not args:
+            raise NotImplementedError(
+                f"layer {self._layer.index} ({type(self._layer.module).__name__}) calls its projections by keyword; "
+                "keys and values are coded together only where their input can be seen"
+            )
         hidden = args[0]
         if self._pending is not None:
             (seen, twin, ready), self._pending = self._pending, None
