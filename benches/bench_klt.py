@@ -79,7 +79,9 @@ class TorchKlt:
     def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes as bytes, and scales."""
         z = (x - self.mean) @ self.analysis
-        scale = ((z.square() @ self.in_scale) / self.in_scale.sum()).sqrt().half()
+        bits = ((z.square() @ self.in_scale) / self.in_scale.sum()).sqrt().half().view(torch.int16)
+        # r keeps 3 bits of mantissa, ties to even.
+        scale = (bits + 63 + (bits >> 7 & 1) >> 7 << 7).view(torch.float16)
         y = (z / scale.float()[:, None]).T.contiguous()
         codes = torch.empty(y.shape, dtype=torch.uint8)
         for members, _, _, boundaries in self.groups:
@@ -88,7 +90,7 @@ class TorchKlt:
 
     def pack(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Rows of docs/formats/klt_rows.md: bits of all sections one after another, eight to a byte."""
-        bits = [bits_of(scale.view(torch.int16)[None].int(), 16)]
+        bits = [bits_of(scale.view(torch.int16)[None].int() >> 7, 8)]
         for width in (4, 2, 1, 6, 5, 3):
             bits += [bits_of(codes[g[0]], width) for g in self.groups if low_bits(g[1]) == width]
         for base, size, group_bits in ((3, 5, (2, 4, 5, 7, 8)), (5, 3, (3, 5, 7)), (7, 6, (3, 6, 9, 12, 15, 17))):
