@@ -93,8 +93,10 @@ def _checked_tables(policy: Policy, calibration: ModelCalibration | None, kind: 
         raise ValueError(f"policy {policy.name!r} reads a calibration by layer; say which layer it is for")
     part: Any = (layer, "joint" if method.is_joint else kind)
     if part not in calibration.parts:
+        from kvpack.calibrate.base import kind_name
+
         have = ", ".join(map(str, calibration.layers)) or "none"
-        what = "keys with values" if method.is_joint else f"{kind}s"
+        what = kind_name(part[1])
         if method.is_joint and layer in calibration.layers:
             heads = max(calibration.header["blocks"])
             raise ValueError(

@@ -52,3 +52,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from saved_models import save_tiny_model  # here, since machines with a GPU may lack transformers
 
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that gives calibrations nine samples of 24 tokens; not to be changed."""
+    from saved_models import write_words  # as above
+
+    return write_words(tmp_path_factory.mktemp("texts") / "words.txt", 4 * 9 * 24)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from listeners import KillAt, Killed, Recorder
-from saved_models import find_smollm2, save_tiny_model, write_words
+from saved_models import find_smollm2, save_tiny_model
 from tiny_models import make_model
 from typer.testing import CliRunner
 
@@ -32,11 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEQLEN, SAMPLES = 24, 5
 WEIGHTS = ("none", "query", "fisher")
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("texts") / "words.txt", 4 * 9 * SEQLEN)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from listeners import KillAt, Killed
-from saved_models import find_smollm2, save_tiny_model, write_words
+from saved_models import find_smollm2
 from typer.testing import CliRunner
 
 from kvpack.calibrate import CalibrationError, KltCalibration, Request, calibrate, prepare, run
@@ -24,25 +23,9 @@ from kvpack.evaluate.listener import Listener
 from kvpack.klt_joint import join_heads
 from kvpack.models import load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEQLEN, SAMPLES = 24, 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("texts") / "words.txt", 4 * 9 * SEQLEN)
 
 
 @pytest.fixture

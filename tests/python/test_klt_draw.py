@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from listeners import KillAt, Killed, Recorder
-from saved_models import save_tiny_model, write_words
+from saved_models import save_tiny_model
 from tiny_models import VOCABULARY, make_model
 from typer.testing import CliRunner
 
@@ -32,11 +32,6 @@ TOKENS = DOCUMENT - 1
 @pytest.fixture(autouse=True)
 def short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draw, "DOCUMENT", DOCUMENT)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("texts") / "words.txt", 4 * 9 * SEQLEN)
 
 
 @pytest.fixture
